@@ -1,0 +1,323 @@
+"""The run directory: the only state that batchkit has. Its layout is in docs/architecture.md.
+
+Whole files are written aside and renamed. `rows/` and `requests/` can be made again and are guarded by checksums;
+`jobs/` and `responses/` cannot and are fsynced. Positions are zero-based row numbers in the task file (blank lines
+are not rows); ranges are half-open, `[start, end)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from batchkit.errors import RunBusyError, RunError, StorageError
+from batchkit.storage import open_read, read_lines, write_whole
+
+FORMAT = 1
+"""Version of the layout. A run of another version is refused."""
+
+OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
+"""The fields that a result adds to its row, in this order."""
+
+AttemptState = Literal["intended", "running", "collected", "died"]
+"""`intended`: on disk before anything is sent. `running`: handed to the backend. `collected`: over, what came back is
+in `responses/`. `died`: over because the engine ended; what it had answered is in `responses/`."""
+
+
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    """The task file as it was. `modified` is its mtime in ns, None where the storage has none."""
+
+    uri: str
+    bytes: int
+    modified: int | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    format: int
+    batchkit: str
+    created: str
+    input: Input
+    model: str
+    backend: str
+    options: dict[str, Any]
+
+
+class Rejection(msgspec.Struct, frozen=True, kw_only=True):
+    """A row that could not become a request. `line` counts from 1; `message` names file, line and reason."""
+
+    position: int
+    line: int
+    custom_id: str
+    code: str
+    message: str
+
+
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """What `requests/NNNNN.json` says of a finished shard: rows `[start, end)` of the task file.
+
+    `pixels` sums the decoded pixels of all images: what an engine that decodes them all at once needs memory for.
+    `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
+    """
+
+    shard: int
+    start: int
+    end: int
+    requests: int
+    rejected: list[Rejection]
+    rows_bytes: int
+    requests_bytes: int
+    pixels: int
+    rows_checksum: str
+    ids_checksum: str
+    requests_checksum: str
+    next_line: int
+    next_offset: int
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What `prepared.json` says: totals, and which of our result fields the rows already use."""
+
+    shards: int
+    rows: int
+    requests: int
+    rejected: int
+    rows_bytes: int
+    requests_bytes: int
+    names_in_use: list[str]
+    finished: str
+
+
+class Attempt(msgspec.Struct, kw_only=True):
+    """One sending of some requests of a shard. `rows` are position ranges; rejected rows within them do not count.
+
+    `session` names the folder `engine/<session>/` of the engine that took it, for runners that have one.
+    """
+
+    number: int
+    backend: str
+    state: AttemptState
+    rows: list[tuple[int, int]]
+    started: str
+    ended: str | None = None
+    session: str | None = None
+    message: str | None = None
+
+
+class Job(msgspec.Struct, kw_only=True):
+    shard: int
+    attempts: list[Attempt] = []
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds a lease."""
+
+    host: str
+    pid: int
+    since: str
+    command: str
+
+
+T = TypeVar("T")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the millisecond."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+
+
+def as_ranges(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending positions as half-open ranges: [3, 4, 7] → [(3, 5), (7, 8)]."""
+    ranges: list[tuple[int, int]] = []
+    for position in positions:
+        if ranges and ranges[-1][1] == position:
+            ranges[-1] = (ranges[-1][0], position + 1)
+        else:
+            ranges.append((position, position + 1))
+    return ranges
+
+
+class Run:
+    """A run directory. Make one with `Run.create`, open one with `Run.open`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    # -- the directory -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Manifest) -> Run:
+        """Make the directory and write its manifest. Raises `RunError` where the path holds something else."""
+        root = _root(path)
+        if root.is_file() or (root.is_dir() and any(entry.name != "leases" for entry in root.iterdir())):
+            raise RunError(f"{root}: exists and is not a run directory", hint="name a new directory for the run")
+        try:
+            for folder in ("rows", "requests", "jobs", "responses"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}") from exc
+        with write_whole(root / "manifest.json", durable=True) as stream:
+            stream.write(_pretty(manifest))
+        return cls(root, manifest)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open an existing run. Raises `RunError` where there is none, or one of another version."""
+        root = _root(path)
+        manifest_path = root / "manifest.json"
+        if not manifest_path.is_file():
+            raise RunError(
+                f"{root}: not a run directory (it has no manifest.json)",
+                hint=f"batchkit prepare TASKS {root} --model MODEL",
+            )
+        found = _read(manifest_path, dict[str, Any])
+        if found.get("format") != FORMAT:
+            raise RunError(
+                f"{manifest_path}: format {found.get('format')!r}, but this batchkit reads format {FORMAT}",
+                hint="use the batchkit version that made the run",
+            )
+        return cls(root, _read(manifest_path, Manifest))
+
+    @classmethod
+    def exists(cls, path: str | Path) -> bool:
+        return (_root(path) / "manifest.json").is_file()
+
+    # -- what prepare writes -------------------------------------------------------------------------------------
+
+    def rows_path(self, shard: int) -> Path:
+        """The rows of a shard, verbatim, one a line."""
+        return self.path / "rows" / f"{shard:05d}.jsonl"
+
+    def ids_path(self, shard: int) -> Path:
+        """The custom_ids of a shard's rows, one a line, in the order of `rows_path`, rejected rows too."""
+        return self.path / "rows" / f"{shard:05d}.ids"
+
+    def requests_path(self, shard: int) -> Path:
+        """The requests of a shard, in row order, without the rejected rows."""
+        return self.path / "requests" / f"{shard:05d}.jsonl"
+
+    def seal_path(self, shard: int) -> Path:
+        return self.path / "requests" / f"{shard:05d}.json"
+
+    def write_seal(self, seal: Seal) -> None:
+        with write_whole(self.seal_path(seal.shard)) as stream:
+            stream.write(_pretty(seal))
+
+    def seals(self) -> Iterator[Seal]:
+        """The sealed shards, in order."""
+        shard = 0
+        while (path := self.seal_path(shard)).exists():
+            yield _read(path, Seal)
+            shard += 1
+
+    def read_ids(self, seal: Seal) -> list[str]:
+        """The custom_ids of the shard's rows: `ids[i]` is that of position `seal.start + i`."""
+        with open_read(str(self.ids_path(seal.shard))) as stream:
+            ids = [line.decode("utf-8") for line in read_lines(stream)]
+        if len(ids) != seal.end - seal.start:
+            raise RunError(
+                f"{self.ids_path(seal.shard)}: {len(ids)} ids for {seal.end - seal.start} rows: the file is damaged",
+                hint="restore the file from a copy of the run",
+            )
+        return ids
+
+    def write_prepared(self, prepared: Prepared) -> None:
+        with write_whole(self.path / "prepared.json", durable=True) as stream:
+            stream.write(_pretty(prepared))
+
+    def prepared(self) -> Prepared | None:
+        """The totals, or None while `prepare` has not finished."""
+        path = self.path / "prepared.json"
+        return _read(path, Prepared) if path.exists() else None
+
+    # -- what submit writes --------------------------------------------------------------------------------------
+
+    def job_path(self, shard: int) -> Path:
+        return self.path / "jobs" / f"{shard:05d}.json"
+
+    def job(self, shard: int) -> Job:
+        """The shard's attempts so far: an empty job where it was never sent."""
+        path = self.job_path(shard)
+        return _read(path, Job) if path.exists() else Job(shard=shard)
+
+    def write_job(self, job: Job) -> None:
+        with write_whole(self.job_path(job.shard), durable=True) as stream:
+            stream.write(_pretty(job))
+
+    def responses_path(self, shard: int, attempt: int) -> Path:
+        return self.path / "responses" / f"{shard:05d}.{attempt}.jsonl"
+
+    def responses_paths(self, shard: int) -> list[tuple[int, Path]]:
+        """The shard's response files with their attempt numbers, in the order of the attempts."""
+        pattern = re.compile(rf"{shard:05d}\.(\d+)\.jsonl")
+        found = (self.path / "responses").glob(f"{shard:05d}.*.jsonl")
+        return sorted((int(match[1]), path) for path in found if (match := pattern.fullmatch(path.name)))
+
+    def engine_path(self, session: str) -> Path:
+        """The folder of one engine start: its input, output and log, and who runs it."""
+        return self.path / "engine" / session
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lease(self, name: str) -> Iterator[None]:
+        """Hold `name` (`prepare`, `merge`, or a shard's number) until the block ends or this process dies.
+
+        The lock is the operating system's, so a holder that died blocks nobody. Raises `RunBusyError`, which says who
+        holds it, at once.
+        """
+        import filelock
+
+        folder = self.path / "leases"
+        folder.mkdir(exist_ok=True)
+        lock = filelock.FileLock(folder / f"{name}.lock", timeout=0)
+        info = folder / f"{name}.json"
+        try:
+            lock.acquire()
+        except filelock.Timeout as exc:
+            raise RunBusyError(
+                f"{self.path}: {_held(name)} is held by {self._describe(info)}",
+                hint="wait for it to end, or stop it; run this again then",
+            ) from exc
+        try:
+            with write_whole(info) as stream:
+                stream.write(_pretty(Holder(host=socket.gethostname(), pid=os.getpid(), since=now(), command=name)))
+            yield
+        finally:
+            info.unlink(missing_ok=True)
+            lock.release()
+
+    def _describe(self, info: Path) -> str:
+        with contextlib.suppress(OSError, RunError):
+            holder = _read(info, Holder)
+            return f"process {holder.pid} on {holder.host}, since {holder.since}"
+        return "another process"
+
+
+def _held(name: str) -> str:
+    return f"shard {int(name)}" if name.isdigit() else f"the lease of {name}"
+
+
+def _root(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise RunError(f"{path}: a run directory must be local in this version", hint="name a local directory")
+    return Path(path).expanduser()
+
+
+def _pretty(value: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError) as exc:
+        raise RunError(f"{path}: damaged: {exc}", hint="restore the file from a copy of the run") from exc

@@ -1,0 +1,123 @@
+"""Files, wherever they are: the only module that knows smart_open.
+
+A URI is a local path (`~` allowed), `s3://…` or `https://…`; names that end in .gz, .bz2, .xz or .zst are read and
+written compressed. Local uncompressed files, the usual case, are opened without importing smart_open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+from batchkit.errors import InputError, StorageError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+BUFFER_BYTES = 1 << 20
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` has a scheme that is not the local file system's."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def is_plain_local(uri: str) -> bool:
+    """Whether `uri` is a local file that is read byte for byte: it can be sought in."""
+    return not is_remote(uri) and not uri.endswith(COMPRESSED)
+
+
+@contextlib.contextmanager
+def open_read(uri: str) -> Iterator[BinaryIO]:
+    """Open `uri` for reading, decompressed, as buffered binary.
+
+    Raises `InputError` where it is missing, a directory, or may not be read.
+    """
+    try:
+        stream = _open(uri)
+    except FileNotFoundError as exc:
+        raise InputError(f"{uri}: no such file", hint="check the path") from exc
+    except IsADirectoryError as exc:
+        raise InputError(f"{uri}: is a directory, not a file") from exc
+    except (OSError, ValueError) as exc:
+        raise InputError(f"{uri}: cannot be opened: {exc}") from exc
+    with stream:
+        yield stream
+
+
+def _open(uri: str) -> BinaryIO:
+    if is_plain_local(uri):
+        return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=BUFFER_BYTES)  # noqa: SIM115
+    import smart_open
+
+    return io.BufferedReader(cast(io.RawIOBase, smart_open.open(uri, "rb")), BUFFER_BYTES)
+
+
+def read_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines of `stream`, without their line feed. Only `\\n` ends a line: JSON text may hold U+2028 and others."""
+    for line in stream:
+        yield line[:-1] if line.endswith(b"\n") else line
+
+
+@contextlib.contextmanager
+def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
+    """Write a file aside and rename it into place at the end, so that readers see all of it or nothing.
+
+    With `durable` the bytes and the rename are on the disk when this returns (fsync of file and folder).
+    """
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "wb", buffering=BUFFER_BYTES) as stream:
+            yield stream
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(aside, target)
+        if durable:
+            sync_folder(target.parent)
+    except OSError as exc:
+        raise StorageError(f"{target}: cannot be written: {exc.strerror or exc}", hint=_disk_hint(exc)) from exc
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _disk_hint(exc: OSError) -> str | None:
+    import errno
+
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some disk space and run the same command again: it goes on where it stopped"
+    return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new name in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut a last line without a line feed off `path`, and return how many bytes went.
+
+    What was appended before a kill may end in the middle of a line; nothing may be appended behind that.
+    """
+    if not path.exists():
+        return 0
+    with open(path, "r+b") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - BUFFER_BYTES)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        stream.truncate(end)
+        return size - end
