@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 LOG_SECONDS = 15.0
 
@@ -32,7 +32,7 @@ class Silent:
     def say(self, message: str) -> None:
         pass
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +83,7 @@ class Console:
         note = f", {self._note}" if self._note else ""
         print(f"{self._title}: {self._done:,}{of} {self._unit}, {rate:,.0f}/s{note}", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Console:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -50,10 +50,10 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
 
 def _open(uri: str) -> BinaryIO:
     if is_plain_local(uri):
-        return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=BUFFER_BYTES)  # noqa: SIM115
+        return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=BUFFER_BYTES)
     import smart_open
 
-    return io.BufferedReader(cast(io.RawIOBase, smart_open.open(uri, "rb")), BUFFER_BYTES)
+    return io.BufferedReader(cast("io.RawIOBase", smart_open.open(uri, "rb")), BUFFER_BYTES)
 
 
 def read_lines(stream: BinaryIO) -> Iterator[bytes]:
