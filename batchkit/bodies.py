@@ -1,0 +1,151 @@
+"""The body of a successful response → its answer and how it finished. Serves `responses` alone.
+
+Each endpoint has its own shape; which one a body is shows by its keys, since a line does not name its endpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["answered", "truncated", "refused", "none"]
+
+
+class Found(NamedTuple):
+    """`kind` "none": there is no answer in it, and `message` says why. `passing`: it may succeed if sent again."""
+
+    kind: Kind
+    answer: Any = None
+    finish_reason: str | None = None
+    message: str | None = None
+    usage: dict[str, Any] | None = None
+    model: str | None = None
+    passing: bool = False
+
+
+# Finish reasons, lower case. `max_tokens` and `max_output_tokens` are what Gemini's and other OpenAI-compatible hosts
+# say for OpenAI's `length`; vLLM has `repetition` for output that it cut off because it went round in circles.
+_CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "repetition"})
+# Gemini's block reasons (ai.google.dev/api/generate-content#FinishReason), which its OpenAI endpoint hands on as they
+# are or behind `content_filter: `; `refusal` is Anthropic's.
+_DECLINED = frozenset({
+    "content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "language", "image_safety",
+    "image_prohibited_content", "image_recitation", "refusal", "sensitive",
+})  # fmt: skip
+# The engine or the host gave up (vLLM: abort, error): what text there is, is no answer.
+_BROKEN = frozenset({"abort", "error", "cancelled", "insufficient_system_resource", "network_error"})
+
+
+def read(body: Any) -> Found:
+    """Read a body of any endpoint. Never raises."""
+    if not isinstance(body, dict):
+        return Found("none", message="the response has no body")
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else None
+    model = body.get("model") if isinstance(body.get("model"), str) else None
+    return _read(body)._replace(usage=usage, model=model)
+
+
+def _read(body: dict[str, Any]) -> Found:
+    if "choices" in body:
+        choices = body["choices"]
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            return _choice(choices[0])
+        return Found("none", message="the response has no choices")
+    if isinstance(body.get("output"), list):
+        return _responses_endpoint(body)
+    for key in ("data", "results"):
+        if isinstance(body.get(key), list):
+            return _values(body[key])
+    if isinstance(body.get("text"), str):
+        return Found("answered", body["text"])  # transcriptions, translations
+    return Found("none", message="a response of unknown shape")
+
+
+def _choice(choice: dict[str, Any]) -> Found:
+    finish = choice.get("finish_reason")
+    finish = finish if isinstance(finish, str) else None
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return _finished(_text(choice.get("text")), finish, None, "the first choice has no message")
+    content = message.get("content")
+    refusal = message.get("refusal") or _refusal_in(content)
+    answer: Any = _text(content)
+    if not answer and (calls := message.get("tool_calls") or message.get("function_call")):
+        answer = calls
+    lack = "the message has no content"
+    if message.get("reasoning_content") or message.get("reasoning"):
+        lack += ", only reasoning"
+    return _finished(answer, finish, refusal if isinstance(refusal, str) else None, lack)
+
+
+def _finished(answer: Any, finish: str | None, refusal: str | None, lack: str) -> Found:
+    """Judge by the finish reason. `lack` says what is wrong where there is no answer."""
+    word = (finish or "").lower()
+    head, _, detail = word.partition(": ")  # Gemini's OpenAI endpoint: `content_filter: SAFETY`
+    if refusal:
+        return Found("refused", answer, finish, refusal)
+    if head in _DECLINED or detail in _DECLINED:
+        return Found("refused", answer, finish, f"declined: {finish}")
+    if head in _CUT:
+        return Found("truncated", answer, finish)
+    if head in _BROKEN:
+        return Found("none", None, finish, f"finished with {finish!r}", passing=True)
+    if answer is None:
+        return Found("none", None, finish, f"{lack} (finish reason {finish!r})")
+    return Found("answered", answer, finish)
+
+
+def _text(content: Any) -> str | None:
+    """The text of a message: a string, or parts of which the ones with text count."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = [
+            part if isinstance(part, str) else part["text"]
+            for part in content
+            if isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
+        ]
+        return "".join(texts) if texts else None
+    return None
+
+
+def _refusal_in(content: Any) -> str | None:
+    if not isinstance(content, list):
+        return None
+    refusals = [part["refusal"] for part in content if isinstance(part, dict) and isinstance(part.get("refusal"), str)]
+    return "".join(refusals) or None
+
+
+def _responses_endpoint(body: dict[str, Any]) -> Found:
+    """`/v1/responses`: output items, of which the messages hold text; `status` says how it ended."""
+    items = [item for item in body["output"] if isinstance(item, dict)]
+    messages = [item for item in items if item.get("type", "message") == "message"]
+    texts = [text for item in messages if (text := _text(item.get("content"))) is not None]
+    answer: Any = "".join(texts) if texts else None
+    if answer is None:
+        answer = [item for item in items if item.get("type") in ("function_call", "custom_tool_call")] or None
+    refusal = next((found for item in messages if (found := _refusal_in(item.get("content")))), None)
+    status = body.get("status")
+    if status == "incomplete":
+        details = body.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, dict) else None
+        return _finished(answer, reason if isinstance(reason, str) else "length", refusal, "")
+    if status in (None, "completed"):
+        return _finished(answer, "stop", refusal, "the output has no text")
+    return Found("none", None, None, f"the response ended as {status!r}", passing=status != "failed")
+
+
+def _values(entries: list[Any]) -> Found:
+    """Embeddings, scores, pooling: the values in the order of their index, a single one by itself; else as it is."""
+    if not entries:
+        return Found("none", message="the response has no values")
+    for key in ("embedding", "score"):
+        if all(isinstance(entry, dict) and key in entry for entry in entries):
+            ordered = sorted(entries, key=_index)
+            values = [entry[key] for entry in ordered]
+            return Found("answered", values[0] if len(values) == 1 else values)
+    return Found("answered", entries)
+
+
+def _index(entry: dict[str, Any]) -> int:
+    index = entry.get("index")
+    return index if isinstance(index, int) else 0

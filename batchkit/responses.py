@@ -1,0 +1,290 @@
+"""A response line → response. The only judge of success.
+
+Success is read off the status of the response (and, within a success, off the finish reason), never off the mere
+absence of an `error`. The shapes that are known, and where they come from:
+
+| shape | source |
+|---|---|
+| `response.status_code` 200, `response.body.choices` | OpenAI Batch API; vLLM run_batch 0.10 to 0.33 |
+| `response` with a status, `body: null`, `error.error.message` | vLLM run_batch, a request that failed |
+| the same with `error` a plain string | vLLM run_batch: `stream`, unknown url |
+| `error: null`, the error inside `response.body`, status 4xx or 5xx | OpenAI, an HTTP failure |
+| `response: null`, `error.code` batch_expired or batch_cancelled | OpenAI, batches that ended early |
+| `response.status_code` 0 | OpenAI, seen by users: no connection |
+| `response: null`, `error.code` inference_failed | AIBrix 0.8 |
+| the completion itself as `response`, no status | vLLM 0.4 |
+
+Bodies: chat completions (text, parts, tool calls, refusals), completions, responses, embeddings, score, rerank,
+classify, pooling, moderations, transcriptions. Anything else is `failed`, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgspec
+
+from batchkit import bodies
+
+
+class Verdict(StrEnum):
+    """What became of a row. The first four are answers."""
+
+    ANSWERED = "answered"
+    TRUNCATED = "truncated"
+    REFUSED = "refused"
+    INVALID = "invalid"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    MISSING = "missing"
+    PENDING = "pending"
+    REJECTED = "rejected"
+    CONFLICTING = "conflicting"
+
+
+ANSWERS = frozenset({Verdict.ANSWERED, Verdict.TRUNCATED, Verdict.REFUSED, Verdict.INVALID})
+
+
+class UnreadableLine(ValueError):  # noqa: N818  # it is a finding about a line, and is counted, not reported
+    """A line that is no JSON object, or has no text as `custom_id`: cut in half, or no response at all."""
+
+
+class Response(msgspec.Struct, frozen=True):
+    """One response, judged. `verdict` is one of answered, truncated, refused, failed and expired.
+
+    `answer` is the first choice's text; for embeddings a vector or a list of vectors, for scores a number or a list of
+    them, else the JSON value; None where there is none. `message` is the error or the reason of a refusal.
+    `passing`: the same request may succeed if it is sent again. `engine_died`: the line says no more than that the
+    engine ended before it came to this request.
+    """
+
+    custom_id: str
+    verdict: Verdict
+    answer: Any = None
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    model: str | None = None
+    message: str | None = None
+    code: str | int | None = None
+    passing: bool = False
+    engine_died: bool = False
+
+
+# What a vLLM engine's death looks like from outside. v1: the text of EngineDeadError (vllm/v1/engine/exceptions.py,
+# 0.10 to 0.33), which run_batch and the server hand on with status 500. v0 (up to 0.10): AsyncEngineDeadError
+# (engine/async_llm_engine.py) and MQEngineDeadError (engine/multiprocessing/client.py). EngineGenerateError, whose
+# text is empty, concerns one request and is no death.
+_ENGINE_DIED = re.compile(
+    r"\s*(?:[\w.]*EngineDeadError\b"
+    r"|EngineCore encountered an issue\b"
+    r"|Background loop (?:has errored already|is stopped)\b"
+    r"|Engine loop is not running\b)"
+)
+_BATCH_ENDED = frozenset({"batch_expired", "batch_cancelled", "batch_canceled", "expired", "cancelled", "canceled"})
+# Words that stand where a status is missing (`error.code` or `error.type`); request_timeout is OpenAI's, in batches.
+_PASSING_WORDS = re.compile(
+    r"time_?out|rate_?limit|overloaded|unavailable|server_?error|internal_?error|connection", re.IGNORECASE
+)
+
+
+class _Message(msgspec.Struct):
+    content: str
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    finish_reason: str | None
+
+
+class _Body(msgspec.Struct):
+    choices: list[_Choice]
+    model: str | None = None
+    usage: dict[str, Any] | None = None
+
+
+class _Returned(msgspec.Struct):
+    status_code: int
+    body: _Body
+
+
+class _Line(msgspec.Struct):
+    custom_id: str
+    response: _Returned
+
+
+_decode_common = msgspec.json.Decoder(_Line).decode
+_decode_any = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+
+
+def parse(line: bytes) -> Response:
+    """Judge one line. Raises `UnreadableLine` where it is no JSON object with a `custom_id`; nothing else."""
+    try:
+        common = _decode_common(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _parse_any(line)
+    body = common.response.body
+    if common.response.status_code == 200 and body.choices:
+        choice = body.choices[0]
+        if choice.finish_reason == "stop" and not choice.message.refusal and choice.message.content:
+            return Response(common.custom_id, Verdict.ANSWERED, choice.message.content, "stop", body.usage, body.model)
+    return _parse_any(line)
+
+
+def _parse_any(line: bytes) -> Response:
+    fields = _decode(line)
+    custom_id = fields.get("custom_id") if isinstance(fields, dict) else None
+    if not isinstance(custom_id, str):
+        raise UnreadableLine("not a JSON object with a custom_id")
+    returned, error = fields.get("response"), fields.get("error")
+    if isinstance(returned, dict):
+        status = _number(returned.get("status_code"))
+        body = returned.get("body") if "body" in returned or status is not None else returned
+        if status is None and not (error is None or error == {}):
+            return _failure(custom_id, None, error, body)
+        if status is None or 200 <= status < 300:
+            return _success(custom_id, body, error)
+        return _failure(custom_id, status, error, body)
+    return _failure(custom_id, None, error, returned)
+
+
+def _success(custom_id: str, body: Any, error: Any) -> Response:
+    found = bodies.read(body)
+    if found.kind == "none":
+        failure = _failure(custom_id, None, error, body)
+        message = failure.message if _said(error, body) else found.message
+        return msgspec.structs.replace(
+            failure,
+            message=message,
+            usage=found.usage,
+            model=found.model,
+            finish_reason=found.finish_reason,
+            passing=failure.passing or found.passing,
+        )
+    return Response(
+        custom_id=custom_id,
+        verdict=Verdict(found.kind),
+        answer=found.answer,
+        finish_reason=found.finish_reason,
+        usage=found.usage,
+        model=found.model,
+        message=found.message,
+    )
+
+
+def _failure(custom_id: str, status: int | None, error: Any, body: Any) -> Response:
+    message, code, kind = _describe(error, body)
+    if isinstance(code, str) and code.lower() in _BATCH_ENDED and status is None:
+        return Response(custom_id, Verdict.EXPIRED, message=message or code, code=code, passing=True)
+    number = status if status is not None else _number(code)
+    died = (number is None or number >= 500) and message is not None and _ENGINE_DIED.match(message) is not None
+    if number is None:
+        passing = died or any(isinstance(word, str) and _PASSING_WORDS.search(word) for word in (code, kind))
+    else:
+        passing = number in (0, 408, 409, 429) or number >= 500
+    if message is None:
+        message = f"status {number} without a message" if number is not None else "a response of unknown shape"
+    return Response(
+        custom_id,
+        Verdict.FAILED,
+        message=message,
+        code=code if code is not None else status,
+        passing=bool(passing),
+        engine_died=died,
+    )
+
+
+def _said(error: Any, body: Any) -> bool:
+    return _describe(error, body)[0] is not None
+
+
+def _describe(error: Any, body: Any) -> tuple[str | None, str | int | None, str | None]:
+    """Message, code and type of the error, from wherever the line has them."""
+    places = [error, body] if not isinstance(body, dict) else [error, body.get("error"), body]
+    for place in places:
+        inner = place.get("error", place) if isinstance(place, dict) else place
+        if isinstance(inner, str) and inner.strip():
+            return inner, None, None
+        if not isinstance(inner, dict) or not inner:
+            continue
+        code, kind = inner.get("code"), inner.get("type")
+        message = inner.get("message") or inner.get("detail")
+        if message is not None and not isinstance(message, str):
+            message = _encode(message).decode()
+        if message or code:
+            return (
+                message or f"error {code}",
+                code if isinstance(code, (str, int)) else None,
+                kind if isinstance(kind, str) else None,
+            )
+    return None, None, None
+
+
+def _number(value: Any) -> int | None:
+    """A status, also where a host writes it as text. None where there is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,3}", value) else None
+
+
+def _decode(line: bytes) -> Any:
+    """Decode a line, also one with NaN, half a surrogate pair or broken UTF-8: its answer may have been paid for."""
+    try:
+        return _decode_any(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    except RecursionError as exc:
+        raise UnreadableLine("nested too deeply") from exc
+    try:
+        return _clean(json.loads(line.decode("utf-8", "replace").lstrip("\ufeff")))
+    except (ValueError, RecursionError) as exc:
+        raise UnreadableLine(f"not JSON: {exc}") from exc
+
+
+def _clean(value: Any) -> Any:
+    """Replace half surrogate pairs, which UTF-8 cannot hold, so that the value can be written again."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_clean(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_clean(key): _clean(entry) for key, entry in value.items()}
+    return value
+
+
+class Chosen(NamedTuple):
+    """Which response counts. `conflicts` are other answers of the same attempt; None for `response`: there was none."""
+
+    response: Response | None
+    attempt: int | None
+    conflicts: list[Response]
+
+
+def choose(candidates: list[tuple[int, Response]]) -> Chosen:
+    """Pick among all responses to one request: (attempt, response) pairs in the order of the files.
+
+    An answer beats an error. Of two answers from different attempts the later attempt's wins; two equal ones are one;
+    of different ones within one attempt the first is kept and the others are listed. Of errors the last counts.
+    """
+    answers = [pair for pair in candidates if pair[1].verdict in ANSWERS]
+    if not answers:
+        if not candidates:
+            return Chosen(None, None, [])
+        attempt, response = max(enumerate(candidates), key=lambda entry: (entry[1][0], entry[0]))[1]
+        return Chosen(response, attempt, [])
+    latest = max(attempt for attempt, _ in answers)
+    distinct: list[Response] = []
+    for attempt, response in answers:
+        if attempt == latest and not any(_same(response, other) for other in distinct):
+            distinct.append(response)
+    return Chosen(distinct[0], latest, distinct[1:])
+
+
+def _same(one: Response, other: Response) -> bool:
+    return one.verdict == other.verdict and one.answer == other.answer and one.message == other.message
