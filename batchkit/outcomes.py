@@ -1,0 +1,194 @@
+"""Join one shard: its rows, its attempts and its response lines → what became of each row.
+
+`merge` writes this down, `submit` and `status` decide by it. Memory is that of one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
+from batchkit.runs import Attempt, Rejection, Run, Seal
+from batchkit.storage import open_read
+
+_OVER = frozenset({"collected", "died"})
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What became of one row.
+
+    `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
+    None where there is an answer and nothing to say of it. `tries` counts the attempts that are over (died ones too), took the row, and did not answer it.
+    """
+
+    custom_id: str
+    verdict: Verdict
+    response: Response | None = None
+    attempt: int | None = None
+    backend: str | None = None
+    conflicts: list[Response] = []
+    message: str | None = None
+    tries: int = 0
+
+
+class ShardOutcomes(msgspec.Struct, kw_only=True):
+    """One outcome per row: `outcomes[i]` and `ids[i]` are those of position `seal.start + i`.
+
+    `unexpected` are whole lines that belong to no request of the shard, `unreadable` ones that are no responses (torn,
+    not JSON, no custom_id).
+    """
+
+    seal: Seal
+    ids: list[str]
+    outcomes: list[Outcome]
+    unexpected: list[bytes]
+    unreadable: list[bytes]
+
+
+def load(run: Run, seal: Seal) -> ShardOutcomes:
+    """Read what is known of a shard now. Raises `RunError` where its files are damaged."""
+    ids = run.read_ids(seal)
+    rejections = {rejection.position - seal.start: rejection for rejection in seal.rejected}
+    attempts = {attempt.number: attempt for attempt in run.job(seal.shard).attempts}
+    shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[])
+    # A rejected row may bear the id of the row that it repeats: responses belong to the row that was sent.
+    index_of = {custom_id: index for index, custom_id in enumerate(ids) if index not in rejections}
+    candidates = _read_responses(run, shard, attempts, index_of)
+    last, over = _attempts_of_rows(list(attempts.values()), seal)
+    shard.outcomes = [
+        _rejected(rejections[index])
+        if index in rejections
+        else _outcome(custom_id, candidates[index] or [], attempts.get(last[index]), attempts, over[index])
+        for index, custom_id in enumerate(ids)
+    ]
+    return shard
+
+
+def _read_responses(
+    run: Run, shard: ShardOutcomes, attempts: dict[int, Attempt], index_of: dict[str, int]
+) -> list[list[tuple[int, Response]] | None]:
+    """For each row its (attempt, response) pairs in the order of the files; lines of no row go into `shard`."""
+    candidates: list[list[tuple[int, Response]] | None] = [None] * len(shard.ids)
+    for number, path in run.responses_paths(shard.seal.shard):
+        still_written = number in attempts and attempts[number].state not in _OVER
+        for line in _lines(path, still_written=still_written):
+            try:
+                response = parse(line)
+            except UnreadableLine:
+                shard.unreadable.append(line)
+                continue
+            index = index_of.get(response.custom_id)
+            if index is None:
+                shard.unexpected.append(line)
+            elif (found := candidates[index]) is None:
+                candidates[index] = [(number, response)]
+            else:
+                found.append((number, response))
+    return candidates
+
+
+def to_send(outcomes: ShardOutcomes, *, attempts: int, retry: frozenset[Verdict] = frozenset()) -> list[int]:
+    """The positions that `submit` has to send (again), ascending.
+
+    What is pending; what is missing or failed in passing (expired too) after fewer than `attempts` tries; and the
+    verdicts in `retry`, however often they were tried. Rejected rows never.
+    """
+    start = outcomes.seal.start
+    return [start + index for index, outcome in enumerate(outcomes.outcomes) if _is_due(outcome, attempts, retry)]
+
+
+def _is_due(outcome: Outcome, attempts: int, retry: frozenset[Verdict]) -> bool:
+    verdict = outcome.verdict
+    if verdict is Verdict.REJECTED:
+        return False
+    if verdict is Verdict.PENDING or verdict in retry:
+        return True
+    if verdict is Verdict.MISSING:
+        return outcome.tries < attempts
+    if verdict in (Verdict.FAILED, Verdict.EXPIRED):
+        return outcome.response is not None and outcome.response.passing and outcome.tries < attempts
+    return False
+
+
+def _lines(path: Path, *, still_written: bool) -> Iterator[bytes]:
+    """Lines that are not blank. A last one without a line feed is left out while the file may still grow."""
+    with open_read(str(path)) as stream:
+        for line in stream:
+            if still_written and not line.endswith(b"\n"):
+                return
+            if line.strip():
+                yield line.removesuffix(b"\n")
+
+
+def _attempts_of_rows(attempts: list[Attempt], seal: Seal) -> tuple[list[int], list[int]]:
+    """For each row: the number of the last attempt that took it (0: none), and how many that took it are over."""
+    last = [0] * (seal.end - seal.start)
+    over = [0] * (seal.end - seal.start)
+    for attempt in sorted(attempts, key=lambda attempt: attempt.number):
+        for start, end in attempt.rows:
+            for index in range(max(start, seal.start) - seal.start, min(end, seal.end) - seal.start):
+                last[index] = attempt.number
+                over[index] += attempt.state in _OVER
+    return last, over
+
+
+def _rejected(rejection: Rejection) -> Outcome:
+    return Outcome(custom_id=rejection.custom_id, verdict=Verdict.REJECTED, message=rejection.message)
+
+
+def _outcome(
+    custom_id: str,
+    candidates: list[tuple[int, Response]],
+    last: Attempt | None,
+    attempts: dict[int, Attempt],
+    over: int,
+) -> Outcome:
+    chosen = choose(candidates)
+    response, number = chosen.response, chosen.attempt
+    if response is not None and number is not None and response.verdict in ANSWERS:
+        answered_by = {attempt for attempt, found in candidates if found.verdict in ANSWERS and attempt in attempts}
+        tries = max(0, over - sum(attempts[attempt].state in _OVER for attempt in answered_by))
+        verdict = Verdict.CONFLICTING if chosen.conflicts else response.verdict
+        message = conflict_message(chosen.conflicts) if chosen.conflicts else response.message
+    elif response is not None and number is not None and _counts(response, number, last):
+        verdict, message, tries = response.verdict, response.message, over
+    else:
+        verdict, message = _unanswered(last)
+        response, number, tries = None, last.number if last else None, over
+    return Outcome(
+        custom_id=custom_id,
+        verdict=verdict,
+        response=response,
+        attempt=number,
+        backend=attempts[number].backend if number in attempts else None,
+        conflicts=chosen.conflicts,
+        message=message,
+        tries=tries,
+    )
+
+
+def _counts(error: Response, number: int, last: Attempt | None) -> bool:
+    """Whether an error stands: not where a later attempt took the row, nor where it says only that an engine died,
+    in an attempt that is known to have died or still runs: the row will be sent again."""
+    if last is None or number > last.number:
+        return True
+    if number < last.number:
+        return False
+    return not (error.engine_died and last.state != "collected")
+
+
+def _unanswered(last: Attempt | None) -> tuple[Verdict, str]:
+    if last is None:
+        return Verdict.PENDING, "not sent yet"
+    if last.state == "died":
+        return Verdict.PENDING, f"the engine ended during attempt {last.number}, before this row had a response"
+    if last.state == "collected":
+        return Verdict.MISSING, f"sent in attempt {last.number}, which is over, and no response came back"
+    return Verdict.PENDING, f"attempt {last.number} is still running"
+
+
+def conflict_message(conflicts: list[Response]) -> str:
+    return f"{len(conflicts) + 1} different answers within one attempt; the first is kept"
