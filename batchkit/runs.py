@@ -65,6 +65,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
 
     `pixels` sums the decoded pixels of all images: what an engine that decodes them all at once needs memory for.
     `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
+    `names_in_use` are the fields of a result that rows of the shard have already.
     """
 
     shard: int
@@ -80,6 +81,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     requests_checksum: str
     next_line: int
     next_offset: int
+    names_in_use: list[str] = []
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):

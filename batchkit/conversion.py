@@ -1,0 +1,121 @@
+"""One row → one request line, or the reason why not: what a worker of `prepare` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from batchkit import images, tasks
+from batchkit.errors import RowError
+from batchkit.images import ImageOptions, Picture
+from batchkit.limits import LIMITS
+from batchkit.options import PrepareOptions
+from batchkit.prompts import compile_template
+from batchkit.requests import RequestMaker
+from batchkit.runs import OUR_NAMES
+from batchkit.tasks import Fields, Row, Task
+
+OUR_NAMES_SET = frozenset(OUR_NAMES)
+
+
+class Converted(NamedTuple):
+    """What became of a row: `request` without a line feed, or `code` and `message` of a rejection.
+
+    `names` are those of our result fields that the row already uses; `pixels` sums its images.
+    """
+
+    custom_id: str
+    request: bytes | None
+    code: str = ""
+    message: str = ""
+    pixels: int = 0
+    names: frozenset[str] = frozenset()
+
+
+class Converter:
+    """Converts rows of one input with one set of options. Picklable by its arguments: workers make their own."""
+
+    def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool) -> None:
+        self._options = options
+        self._limits = LIMITS[options.backend]
+        self._root = Path(image_root)
+        self._batch_format = batch_format
+        template = options.prompt_template
+        self._render = compile_template(template) if template is not None else None
+        self._fields = Fields(
+            images=options.image_field,
+            question=options.question_field,
+            ids=options.id_fields,
+            question_needed=template is None,
+        )
+        self._image_options = ImageOptions(
+            media_types=self._limits.media_types,
+            max_side=options.max_side,
+            max_pixels=options.max_pixels,
+            format=options.image_format,
+            quality=options.image_quality,
+        )
+        self._maker = RequestMaker(
+            model=options.model,
+            system=options.system_prompt,
+            parameters={
+                "max_tokens": options.max_tokens,
+                "temperature": options.temperature,
+                "top_p": options.top_p,
+                "seed": options.seed,
+                "reasoning_effort": options.reasoning_effort,
+            },
+            extra=options.extra_body,
+            detail=options.image_detail,
+        )
+
+    def __call__(self, row: Row) -> Converted:
+        try:
+            done = self._kept(row) if self._batch_format else self._made(row)
+            size = len(done.request) + 1 if done.request is not None else 0
+            if size > self._options.shard_bytes:
+                raise RowError("size", f"the request has {size:,} bytes, a shard at most {self._options.shard_bytes:,}")
+        except RowError as exc:
+            # Not under the custom_id that a row in batch format brings: another row may have the same.
+            return Converted(tasks.make_custom_id(row.position, row.raw), None, exc.code, exc.message)
+        return done
+
+    def _made(self, row: Row) -> Converted:
+        task = tasks.to_task(row, self._fields)
+        names = OUR_NAMES_SET & task.fields.keys()
+        try:
+            pictures = self._pictures(task)
+            question = self._question(task)
+        except RowError as exc:
+            return Converted(task.custom_id, None, exc.code, exc.message, names=names)
+        request = self._maker.line(task.custom_id, question, pictures)
+        return Converted(task.custom_id, request, pixels=sum(p.pixels for p in pictures), names=names)
+
+    def _question(self, task: Task) -> str:
+        question = self._render(task.fields) if self._render is not None else task.question or ""
+        if not question.strip():
+            raise RowError("template", "the prompt template gives an empty text")
+        return question
+
+    def _pictures(self, task: Task) -> Sequence[Picture]:
+        try:
+            if not task.images and self._options.image_field is not None:
+                raise RowError("image", f"no image in {' or '.join(map(repr, self._options.image_field))}")
+            return [images.load(reference, self._root, self._image_options) for reference in task.images]
+        except RowError:
+            if self._options.on_bad_image == "text-only":
+                return ()  # all of them: with one left out, «the second image» would mean another one
+            raise
+
+    def _kept(self, row: Row) -> Converted:
+        """A row that is a request in OpenAI batch format stays as it is."""
+        fields = tasks.parse_object(row.raw)
+        custom_id = tasks.check_batch_line(fields)
+        url, model = fields["url"], fields["body"]["model"]
+        if not self._limits.takes(url):
+            taken = ", ".join(self._limits.endpoints)
+            raise RowError("url", f"url {url!r} is none that {self._options.backend} runs ({taken})")
+        if model != self._options.model:
+            raise RowError("model", f"body.model is {model!r}, but the run's model is {self._options.model!r}")
+        return Converted(custom_id, row.raw.strip(), names=OUR_NAMES_SET & fields.keys())

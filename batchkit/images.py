@@ -1,0 +1,242 @@
+"""An image reference → checked, possibly changed bytes.
+
+Formats that the target takes pass through byte for byte unless an option asks for change. The checks are cheap: the
+type by the first bytes, the size from the header, the end by the format's end marker. Only what is re-encoded is
+decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import pybase64
+
+from batchkit.errors import RowError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PIXEL_LIMIT = 178_956_970
+"""Images of more pixels are rejected as decompression bombs: where Pillow itself raises (2 × its MAX_IMAGE_PIXELS)."""
+
+ImageFormat = Literal["keep", "jpeg", "png", "webp"]
+
+MEDIA_TYPES = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+ORIENTATION = 0x0112
+SIDEWAYS = range(5, 9)
+"""EXIF 2.32, tag Orientation: the values that swap width and height."""
+
+JPEG_END = b"\xff\xd9"
+PNG_END = b"IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """`max_side` in pixels, `max_pixels` in pixels of area; both only shrink. `quality` is JPEG's and WebP's, 1 to 100.
+
+    `media_types` is what the target takes; anything else is re-encoded.
+    """
+
+    media_types: frozenset[str]
+    max_side: int | None = None
+    max_pixels: int | None = None
+    format: ImageFormat = "keep"
+    quality: int = 90
+
+
+class Picture(NamedTuple):
+    """`data` are the encoded bytes of type `media_type`; `pixels` is width × height as sent."""
+
+    media_type: str
+    data: bytes
+    pixels: int
+
+
+def load(reference: str, root: Path, options: ImageOptions) -> Picture:
+    """Read, check and where needed change one image.
+
+    `reference` is a path (relative to `root`), a `file://` URI or a `data:` URL. Raises `RowError` with code `image`,
+    and a message that names the reference.
+    """
+    data = _read(reference, root)
+    return convert(data, options, name=_shown(reference))
+
+
+def convert(data: bytes, options: ImageOptions, *, name: str) -> Picture:
+    """The bytes of one image, checked and changed as `options` ask; `name` is for messages."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise RowError("image", f"image is empty: {name}")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at half of its limit; ours is the limit itself, checked below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return _convert(image, data, options, name)
+    except Image.DecompressionBombError as exc:
+        raise RowError("image", f"image has more than {PIXEL_LIMIT:,} pixels: {name}") from exc
+    except UnidentifiedImageError as exc:
+        raise RowError("image", f"not an image that can be read: {name} {_beginning(data)}") from exc
+    except RowError:
+        raise
+    except Exception as exc:  # hostile files make decoders raise anything; one row is no reason to stop
+        raise RowError("image", f"image is broken: {name}: {exc}") from exc
+
+
+def _convert(image: Image.Image, data: bytes, options: ImageOptions, name: str) -> Picture:
+    width, height = image.size
+    if width * height > PIXEL_LIMIT:
+        raise RowError("image", f"image has {width} × {height} pixels, more than {PIXEL_LIMIT:,}: {name}")
+    kind = image.format or ""
+    if is_truncated(data, kind):
+        raise RowError("image", f"image is cut off (its end is missing): {name}")
+    media_type = MEDIA_TYPES.get(kind, "")
+    size = _shrunk(width, height, options)
+    target = f"image/{options.format}" if options.format != "keep" else media_type
+    if target not in options.media_types:
+        target = "image/png"
+    if size == (width, height) and target == media_type:
+        return Picture(media_type, data, width * height)
+    if target == "image/gif":
+        target = "image/png"  # a resized GIF would lose more to its palette
+    return _encode(image, size, target, options.quality)
+
+
+def _encode(image: Image.Image, size: tuple[int, int], media_type: str, quality: int) -> Picture:
+    from PIL import Image, ImageOps
+
+    turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+    if size != image.size:
+        # JPEG decodes straight to 1/2, 1/4 or 1/8 of its size; only a no-op for other formats.
+        image.draft(None, size)
+    upright = ImageOps.exif_transpose(image)
+    if turned:
+        size = (size[1], size[0])
+    drawn = _in_mode(upright, alpha=media_type != "image/jpeg")
+    if drawn.size != size:
+        drawn = drawn.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    out = io.BytesIO()
+    if media_type == "image/png":
+        drawn.save(out, "PNG")
+    else:
+        drawn.save(out, media_type.removeprefix("image/").upper(), quality=quality)
+    return Picture(media_type, out.getvalue(), size[0] * size[1])
+
+
+def _in_mode(image: Image.Image, *, alpha: bool) -> Image.Image:
+    """`image` as grey, RGB, or (where `alpha` may be kept) RGBA; without alpha, on white."""
+    from PIL import Image
+
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if alpha:
+            return rgba
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _stretched(image)
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    """16-bit and float images as 8-bit grey, from darkest to brightest: a plain conversion would clip at 255."""
+    grey = image.convert("F")
+    low, high = (float(edge) for edge in grey.getextrema())  # type: ignore[arg-type]  # one band: two numbers
+    scale = 255.0 / (high - low) if high > low else 0.0
+    return grey.point(lambda value: value * scale - low * scale).convert("L")
+
+
+def _shrunk(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
+    factor = 1.0
+    if options.max_side:
+        factor = min(factor, options.max_side / max(width, height))
+    if options.max_pixels:
+        factor = min(factor, (options.max_pixels / (width * height)) ** 0.5)
+    if factor >= 1.0:
+        return width, height
+    rounding = int if options.max_pixels else round
+    return max(1, int(rounding(width * factor))), max(1, int(rounding(height * factor)))
+
+
+def is_truncated(data: bytes, kind: str) -> bool:
+    """Whether the end marker of the format (Pillow's name for it) is missing.
+
+    Formats: JPEG ITU-T T.81 B.1.1.3 (EOI), PNG (W3C, IEND), GIF89a (trailer 0x3B), WebP (RIFF container size).
+    Bytes behind the end are common and harmless.
+    """
+    if kind in ("JPEG", "MPO"):
+        # A thumbnail in the header has an end marker of its own: look behind the start of the scan.
+        return not data.endswith(JPEG_END) and data.rfind(JPEG_END) < _jpeg_scan(data)
+    if kind == "PNG":
+        return PNG_END not in data[-4096:] and PNG_END not in data
+    if kind == "GIF":
+        return not data.rstrip(b"\x00").endswith(b";")
+    if kind == "WEBP":
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    return False
+
+
+def _jpeg_scan(data: bytes) -> int:
+    """Offset of the first start-of-scan marker, or the end where there is none."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:
+            return at
+        if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # fill, or no length follows
+            at += 1 if marker == 0xFF else 2
+            continue
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return len(data)
+
+
+def _read(reference: str, root: Path) -> bytes:
+    if reference.startswith("data:"):
+        return _from_data_url(reference)
+    if reference.startswith("file://"):
+        path = Path(unquote(urlsplit(reference).path))
+    elif "://" in reference:
+        raise RowError("image", f"remote images are not read by this version: {_shown(reference)}")
+    else:
+        path = root / reference
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RowError("image", f"image not found: {reference}") from None
+    except IsADirectoryError:
+        raise RowError("image", f"image is a directory: {reference}") from None
+    except (OSError, ValueError) as exc:
+        raise RowError("image", f"image cannot be read: {_shown(reference)}: {exc}") from exc
+
+
+def _from_data_url(url: str) -> bytes:
+    head, comma, text = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise RowError("image", f"data URL is not base64: {_shown(url)}")
+    try:
+        return pybase64.b64decode(text, validate=True)
+    except ValueError as exc:
+        raise RowError("image", f"data URL is not valid base64: {_shown(url)}") from exc
+
+
+def _shown(reference: str) -> str:
+    """A reference as it may appear in messages: no base64, no endless names, no signatures."""
+    if reference.startswith("data:"):
+        return reference.partition(",")[0][:60] + ",…"
+    if "://" in reference:
+        reference = reference.partition("?")[0]
+    return reference if len(reference) <= 200 else reference[:200] + "…"
+
+
+def _beginning(data: bytes) -> str:
+    if data.lstrip()[:1] == b"<":
+        return "(it begins like HTML or XML)"
+    return f"(it begins with {data[:8].hex(' ')})"

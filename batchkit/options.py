@@ -1,0 +1,136 @@
+"""The options of `prepare`, checked. The manifest keeps them: together with the input they decide every byte."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self, TypedDict
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from batchkit.errors import UsageError
+from batchkit.limits import LIMITS
+from batchkit.prompts import read_text_option
+
+InputFormat = Literal["auto", "jsonl", "batch"]
+Backend = Literal["vllm"]
+
+
+class PrepareKeywords(TypedDict, total=False):
+    """The keyword arguments of `batchkit.prepare`; `PrepareOptions` says what they mean and their defaults."""
+
+    model: str
+    backend: Backend
+    input_format: InputFormat
+    image_field: tuple[str, ...] | None
+    question_field: str
+    id_fields: tuple[str, ...] | None
+    prompt_template: str | None
+    system_prompt: str | None
+    image_root: str | None
+    start: int
+    end: int | None
+    limit: int | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    reasoning_effort: str | None
+    extra_body: dict[str, Any]
+    max_side: int | None
+    max_pixels: int | None
+    image_format: Literal["keep", "jpeg", "png", "webp"]
+    image_quality: int
+    image_detail: Literal["auto", "low", "high"] | None
+    on_bad_image: Literal["reject", "text-only"]
+    max_requests: int | None
+    max_bytes: int | None
+
+
+class PrepareOptions(BaseModel):
+    """What `prepare` makes of the rows.
+
+    `image_field` None means `image` where a row has it; named fields must be there. `id_fields` None means `id` where a
+    row has it. `start`, `end` (exclusive) and `limit` select rows by position. `max_side` in pixels, `max_pixels` in
+    pixels of area. `max_requests` and `max_bytes` bound a shard, None for the backend's limits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(min_length=1)]
+    backend: Backend = "vllm"
+    input_format: InputFormat = "auto"
+    image_field: tuple[str, ...] | None = None
+    question_field: str = "question"
+    id_fields: tuple[str, ...] | None = None
+    prompt_template: str | None = None
+    system_prompt: str | None = None
+    image_root: str | None = None
+    start: NonNegativeInt = 0
+    end: NonNegativeInt | None = None
+    limit: NonNegativeInt | None = None
+    max_tokens: PositiveInt | None = 100
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: int | None = None
+    reasoning_effort: str | None = None
+    extra_body: dict[str, Any] = {}
+    max_side: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    image_format: Literal["keep", "jpeg", "png", "webp"] = "keep"
+    image_quality: Annotated[int, Field(ge=1, le=100)] = 90
+    image_detail: Literal["auto", "low", "high"] | None = None
+    on_bad_image: Literal["reject", "text-only"] = "reject"
+    max_requests: PositiveInt | None = None
+    max_bytes: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"end {self.end} lies before start {self.start}")
+        return self
+
+    @property
+    def stop(self) -> int | None:
+        """The position behind the last row, from `end` and `limit`; None for the end of the file."""
+        stops = [] if self.end is None else [self.end]
+        if self.limit is not None:
+            stops.append(self.start + self.limit)
+        return min(stops, default=None)
+
+    @property
+    def shard_requests(self) -> int:
+        return min(self.max_requests or LIMITS[self.backend].max_requests, LIMITS[self.backend].max_requests)
+
+    @property
+    def shard_bytes(self) -> int:
+        return min(self.max_bytes or LIMITS[self.backend].max_bytes, LIMITS[self.backend].max_bytes)
+
+
+def check(keywords: PrepareKeywords) -> PrepareOptions:
+    """The options, with the text of `@file` in place of its name.
+
+    Raises `UsageError` that names the first wrong one as it is written on the command line.
+    """
+    keywords = keywords.copy()
+    if (template := keywords.get("prompt_template")) is not None:
+        keywords["prompt_template"] = read_text_option(template)
+    if (system := keywords.get("system_prompt")) is not None:
+        keywords["system_prompt"] = read_text_option(system)
+    try:
+        return PrepareOptions(**keywords)
+    except pydantic.ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+        raise UsageError(f"{flag}: {first['msg']}", hint="batchkit prepare --help") from exc
+
+
+def parse_extra_body(text: str | None) -> dict[str, Any]:
+    """The value of `--extra-body`. Raises `UsageError` where it is no JSON object."""
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as exc:
+        raise UsageError(f"--extra-body is not valid JSON: {exc}", hint="""--extra-body '{"top_k": 20}'""") from exc
+    if not isinstance(value, dict):
+        raise UsageError("--extra-body is not a JSON object", hint="""--extra-body '{"top_k": 20}'""")
+    return value

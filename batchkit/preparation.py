@@ -1,0 +1,289 @@
+"""The stage `prepare`: task file → sealed shards of rows and requests."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Unpack
+
+import msgspec
+
+import batchkit
+from batchkit import options as prepare_options
+from batchkit.conversion import Converted, Converter
+from batchkit.errors import InputError, RunError, UsageError
+from batchkit.options import PrepareKeywords, PrepareOptions
+from batchkit.progress import Progress, Silent
+from batchkit.runs import FORMAT, Input, Manifest, Prepared, Rejection, Run, Seal, now
+from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, remove_leftovers, rows_unchanged
+from batchkit.shards import pack
+from batchkit.storage import is_remote
+from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, first_row, read_rows
+from batchkit.workers import convert_all
+
+SHOWN_REJECTIONS = 5
+"""So many messages of rejected rows are shown; the seals hold all of them."""
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What `prepare` did, or with `plan` would do. `reasons` counts the rejected rows by code.
+
+    `first_rejections` are the first few messages; `already` says that the run was complete before.
+    """
+
+    shards: int = 0
+    rows: int = 0
+    requests: int = 0
+    rejected: int = 0
+    requests_bytes: int = 0
+    largest_shard_bytes: int = 0
+    reasons: dict[str, int] = {}
+    first_rejections: list[str] = []
+    names_in_use: list[str] = []
+    already: bool = False
+
+
+def prepare(
+    tasks: str | Path,
+    run: str | Path,
+    *,
+    strict: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **keywords: Unpack[PrepareKeywords],
+) -> Report:
+    """Prepare the rows of the file `tasks` as requests in the run directory `run`.
+
+    `keywords` are the options that `PrepareOptions` describes; `model` is needed unless the rows are requests in OpenAI
+    batch format. Rows that cannot become requests are rejected and counted, never dropped; with `strict` the first one
+    raises `InputError`. `workers` is the number of processes, None for one a core; it never changes the result.
+
+    Called again with the same input and options it goes on where it stopped, or does nothing. Raises `RunError` where
+    the run was prepared with others, `InputError` for an unusable file, `UsageError` for unusable options.
+    """
+    uri, options = _settle(tasks, keywords)
+    manifest = _manifest(uri, options)
+    existed = Run.exists(run)
+    target = Run.open(run) if existed else Run.create(run, manifest)
+    with target.lease("prepare"):
+        if existed:
+            _refuse_other(target.manifest, manifest)
+            if target.manifest.input.modified != manifest.input.modified and not rows_unchanged(target, uri):
+                raise RunError(
+                    f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
+                    hint="prepare the changed file into a new run directory",
+                )
+        return _prepare_rest(target, options, workers, strict, progress or Silent())
+
+
+def plan(
+    tasks: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **keywords: Unpack[PrepareKeywords],
+) -> Report:
+    """What `prepare` would make, exactly: every row is converted, nothing is written."""
+    uri, options = _settle(tasks, keywords)
+    tally = Tally()
+    draft: ShardDraft | None = None
+    root = _image_root(uri, options)
+    for row, done, shard in _sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers):
+        if draft is None or draft.shard != shard:
+            if draft is not None:
+                tally.add(draft.sealed())
+            draft = ShardDraft(shard)
+        draft.add(row, done, _rejection(uri, row, done) if done.request is None else None)
+        (progress or Silent()).update(1)
+    if draft is not None:
+        tally.add(draft.sealed())
+    return tally.report
+
+
+def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareOptions]:
+    """The input's absolute URI and the checked options, with the input format decided."""
+    uri = str(tasks)
+    if is_remote(uri):
+        raise InputError(f"{uri}: a task file must be local in this version", hint="download it first")
+    uri = str(Path(uri).expanduser().absolute())
+    first = first_row(uri)
+    if first is None:
+        raise InputError(f"{uri}: has no rows", hint="check the path: the file is empty")
+    wanted = keywords.get("input_format", "auto")
+    batch_format = wanted == "batch" or (wanted == "auto" and first.keys() >= BATCH_KEYS)
+    if "model" not in keywords or not keywords["model"]:
+        body = first.get("body") if batch_format else None
+        if not isinstance(body, dict) or not isinstance(body.get("model"), str):
+            raise UsageError("no model is named", hint="--model MODEL, as the backend calls it")
+        keywords = {**keywords, "model": body["model"]}
+    if batch_format:
+        _refuse_conversion(keywords)
+    return uri, prepare_options.check({**keywords, "input_format": "batch" if batch_format else "jsonl"})
+
+
+def _refuse_conversion(keywords: PrepareKeywords) -> None:
+    """Rows in batch format are kept as they are: an option that would change them must not be ignored in silence."""
+    kept = {"model", "backend", "input_format", "start", "end", "limit", "max_requests", "max_bytes"}
+    defaults = PrepareOptions.model_fields
+    for name, value in keywords.items():
+        if name not in kept and value != defaults[name].get_default():
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no meaning for rows that are requests in OpenAI batch format",
+                hint="leave it out, or say --input-format jsonl if the rows are tasks",
+            )
+
+
+def _manifest(uri: str, options: PrepareOptions) -> Manifest:
+    stat = Path(uri).stat()
+    kept = options.model_dump(mode="json", exclude={"model", "backend"})
+    kept["image_root"] = _image_root(uri, options)
+    return Manifest(
+        format=FORMAT,
+        batchkit=batchkit.__version__,
+        created=now(),
+        input=Input(uri=uri, bytes=stat.st_size, modified=stat.st_mtime_ns),
+        model=options.model,
+        backend=options.backend,
+        options=kept,
+    )
+
+
+def _image_root(uri: str, options: PrepareOptions) -> str:
+    root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else Path(uri).parent
+    if not root.is_dir():
+        raise InputError(f"{root}: no such directory", hint="check --image-root")
+    return str(root)
+
+
+def _refuse_other(old: Manifest, new: Manifest) -> None:
+    """Raise `RunError` where the run was prepared from another input or with other options."""
+    was = {**old.options, "model": old.model, "backend": old.backend, "TASKS": old.input.uri}
+    now_is = {**new.options, "model": new.model, "backend": new.backend, "TASKS": new.input.uri}
+    for name, value in now_is.items():
+        if was.get(name) != value:
+            flag = name if name == "TASKS" else "--" + name.replace("_", "-")
+            raise RunError(
+                f"the run was prepared with {flag} {_shown(was.get(name))}, now it is {_shown(value)}",
+                hint="prepare into a new run directory, or repeat the options as they were",
+            )
+    if old.input.bytes != new.input.bytes:
+        raise RunError(
+            f"{new.input.uri}: had {old.input.bytes:,} bytes when the run was prepared, now it has {new.input.bytes:,}",
+            hint="prepare the changed file into a new run directory",
+        )
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict: bool, progress: Progress) -> Report:
+    """Go on behind the last sealed shard, up to the seal of the preparation."""
+    tally = Tally()
+    place, shards = FILE_START, 0
+    seen = IdsSeen()
+    finished = run.prepared() is not None
+    for seal in run.seals():
+        tally.add(seal)
+        place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
+        if options.input_format == "batch" and not finished:
+            seen.update(run.read_ids(seal))
+    progress.update(tally.report.rows)
+    if finished:
+        tally.report.already = True
+        return tally.report
+    remove_leftovers(run)
+    writer: ShardWriter | None = None
+    uri, root = run.manifest.input.uri, run.manifest.options["image_root"]
+    try:
+        for row, done, index in _sharded(uri, place, options, image_root=root, seen=seen, workers=workers):
+            if writer is None or writer.shard != shards + index:
+                if writer is not None:
+                    tally.add(writer.seal())
+                writer = ShardWriter(run, shards + index)
+            rejection = _rejection(uri, row, done) if done.request is None else None
+            if rejection is not None and strict:
+                raise InputError(rejection.message, hint="mend the row, or leave out --strict to set it aside")
+            writer.add(row, done, rejection)
+            progress.update(1)
+        if writer is not None:
+            tally.add(writer.seal())
+    finally:
+        if writer is not None:
+            writer.close()
+    run.write_prepared(tally.prepared())
+    return tally.report
+
+
+def _sharded(
+    uri: str, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
+) -> Iterator[tuple[Row, Converted, int]]:
+    """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
+    batch_format = options.input_format == "batch"
+    make = partial(Converter, options, image_root=image_root, batch_format=batch_format)
+    selected = itertools.takewhile(
+        lambda row: options.stop is None or row.position < options.stop,
+        (row for row in read_rows(uri, place) if row.position >= options.start),
+    )
+    converted = convert_all(selected, make, workers)
+    if batch_format:
+        converted = ((row, seen.check(row, done)) for row, done in converted)
+    pairs, again = itertools.tee(converted)
+    sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)
+    shards = pack(sizes, max_requests=options.shard_requests, max_bytes=options.shard_bytes)
+    for (row, done), shard in zip(pairs, shards, strict=True):
+        yield row, done, shard
+
+
+def _rejection(uri: str, row: Row, done: Converted) -> Rejection:
+    name = Path(uri).name
+    return Rejection(
+        position=row.position,
+        line=row.line,
+        custom_id=done.custom_id,
+        code=done.code,
+        message=f"{name}:{row.line}: {done.message}",
+    )
+
+
+class Tally:
+    """Adds up seals."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self._rows_bytes = 0
+        self._reasons: Counter[str] = Counter()
+        self._names: set[str] = set()
+
+    def add(self, seal: Seal) -> None:
+        report = self.report
+        report.shards += 1
+        report.rows += seal.end - seal.start
+        report.requests += seal.requests
+        report.rejected += len(seal.rejected)
+        report.requests_bytes += seal.requests_bytes
+        report.largest_shard_bytes = max(report.largest_shard_bytes, seal.requests_bytes)
+        self._rows_bytes += seal.rows_bytes
+        self._reasons.update(rejection.code for rejection in seal.rejected)
+        report.reasons = dict(self._reasons.most_common())
+        room = SHOWN_REJECTIONS - len(report.first_rejections)
+        report.first_rejections += [rejection.message for rejection in seal.rejected[:room]]
+        self._names.update(seal.names_in_use)
+        report.names_in_use = sorted(self._names)
+
+    def prepared(self) -> Prepared:
+        report = self.report
+        return Prepared(
+            shards=report.shards,
+            rows=report.rows,
+            requests=report.requests,
+            rejected=report.rejected,
+            rows_bytes=self._rows_bytes,
+            requests_bytes=report.requests_bytes,
+            names_in_use=report.names_in_use,
+            finished=now(),
+        )

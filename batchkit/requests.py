@@ -1,0 +1,75 @@
+"""Task + options → one request line in OpenAI batch format. No network, no clock, no files.
+
+Lines are spliced from bytes that are JSON already: what all requests of a run share is encoded once, and base64 text
+needs no escaping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pybase64
+
+from batchkit.errors import UsageError
+from batchkit.images import Picture
+
+CHAT = "/v1/chat/completions"
+
+RESERVED = frozenset({"model", "messages", "stream"})
+"""Keys of the body that `--extra-body` may not set: batchkit writes them, or a batch cannot have them."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class RequestMaker:
+    """Makes the request lines of a run.
+
+    `parameters` are the keys of the body beside model and messages (max_tokens, temperature, …); `extra` overrides
+    them. Raises `UsageError` where `extra` holds a key that is not the user's.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        system: str | None,
+        parameters: dict[str, Any],
+        extra: dict[str, Any],
+        detail: str | None,
+    ) -> None:
+        if taken := RESERVED & extra.keys():
+            raise UsageError(f"--extra-body may not set {min(taken)!r}", hint="leave it out: batchkit sets it")
+        body = {name: value for name, value in parameters.items() if value is not None} | extra
+        messages = b"["
+        if system is not None:
+            messages += _encode({"role": "system", "content": system}) + b","
+        self._before_messages = (
+            b'","method":"POST","url":' + _encode(CHAT) + b',"body":{"model":' + _encode(model) + b',"messages":'
+        ) + messages
+        members = _encode(body)[1:-1]
+        self._after_messages = b"]" + (b"," + members if members else b"") + b"}}"
+        self._detail = b',"detail":' + _encode(detail) if detail is not None else b""
+
+    def line(self, custom_id: str, question: str, pictures: Sequence[Picture]) -> bytes:
+        """One request, without a line feed. `custom_id` needs no escaping: it is of [A-Za-z0-9_-]."""
+        parts = [b'{"custom_id":"', custom_id.encode("ascii"), self._before_messages, b'{"role":"user","content":']
+        text = _encode(question)
+        if pictures:
+            parts.append(b"[")
+            for picture in pictures:
+                parts += (
+                    b'{"type":"image_url","image_url":{"url":"data:',
+                    picture.media_type.encode("ascii"),
+                    b";base64,",
+                    pybase64.b64encode(picture.data),
+                    b'"',
+                    self._detail,
+                    b"}},",
+                )
+            parts += (b'{"type":"text","text":', text, b"}]")
+        else:
+            parts.append(text)
+        parts += (b"}", self._after_messages)
+        return b"".join(parts)

@@ -1,0 +1,163 @@
+"""The files of one shard while `prepare` writes them, and what guards them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sqlite3
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+from batchkit.conversion import Converted
+from batchkit.errors import StorageError
+from batchkit.runs import Rejection, Run, Seal
+from batchkit.storage import write_whole
+from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
+
+
+class ShardDraft:
+    """Counts the rows of one shard and hashes its three files, in row order."""
+
+    def __init__(self, shard: int) -> None:
+        self.shard = shard
+        self._start: int | None = None
+        self._last: Row | None = None
+        self._requests = 0
+        self._pixels = 0
+        self._rejected: list[Rejection] = []
+        self._names: set[str] = set()
+        self._rows_bytes = 0
+        self._requests_bytes = 0
+        self._hashes = [xxhash.xxh3_128() for _ in range(3)]
+
+    def add(self, row: Row, done: Converted, rejection: Rejection | None) -> tuple[bytes, bytes, bytes]:
+        """Take in one row; return what it adds to the rows, the ids and the requests."""
+        if self._start is None:
+            self._start = row.position
+        self._last = row
+        self._names |= done.names
+        added = (row.raw + b"\n", done.custom_id.encode() + b"\n", done.request + b"\n" if done.request else b"")
+        for digest, piece in zip(self._hashes, added, strict=True):
+            digest.update(piece)
+        self._rows_bytes += len(added[0])
+        self._requests_bytes += len(added[2])
+        if rejection is not None:
+            self._rejected.append(rejection)
+        else:
+            self._requests += 1
+            self._pixels += done.pixels
+        return added
+
+    def sealed(self) -> Seal:
+        assert self._start is not None  # noqa: S101  # a shard begins with its first row
+        assert self._last is not None  # noqa: S101
+        rows_checksum, ids_checksum, requests_checksum = (digest.hexdigest() for digest in self._hashes)
+        return Seal(
+            shard=self.shard,
+            start=self._start,
+            end=self._last.position + 1,
+            requests=self._requests,
+            rejected=self._rejected,
+            rows_bytes=self._rows_bytes,
+            requests_bytes=self._requests_bytes,
+            pixels=self._pixels,
+            rows_checksum=rows_checksum,
+            ids_checksum=ids_checksum,
+            requests_checksum=requests_checksum,
+            next_line=self._last.line + 1,
+            next_offset=self._last.end,
+            names_in_use=sorted(self._names),
+        )
+
+
+class ShardWriter:
+    """Writes the files of one shard aside; `seal` puts them in place, the seal last."""
+
+    def __init__(self, run: Run, shard: int) -> None:
+        self.shard = shard
+        self._run = run
+        self._draft = ShardDraft(shard)
+        self._stack = contextlib.ExitStack()
+        paths = (run.rows_path(shard), run.ids_path(shard), run.requests_path(shard))
+        self._streams = [self._stack.enter_context(write_whole(path)) for path in paths]
+
+    def add(self, row: Row, done: Converted, rejection: Rejection | None) -> None:
+        try:
+            for stream, piece in zip(self._streams, self._draft.add(row, done, rejection), strict=True):
+                stream.write(piece)
+        except OSError as exc:
+            raise StorageError(
+                f"{self._run.path}: cannot be written: {exc.strerror or exc}",
+                hint="free some disk space and run the same command again: it goes on where it stopped",
+            ) from exc
+
+    def seal(self) -> Seal:
+        self._stack.close()
+        seal = self._draft.sealed()
+        self._run.write_seal(seal)
+        return seal
+
+    def close(self) -> None:
+        """Throw away what is not in place yet; after `seal` there is nothing to throw away."""
+        with contextlib.suppress(_AbandonedError):
+            self._stack.__exit__(_AbandonedError, _AbandonedError(), None)
+
+
+class _AbandonedError(Exception):
+    """Unwinds the open files of a shard that is not finished."""
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove what a killed `prepare` wrote aside. To be called under the lease `prepare`."""
+    for folder in (run.rows_path(0).parent, run.requests_path(0).parent):
+        for aside in folder.glob(".*.tmp"):
+            aside.unlink(missing_ok=True)
+
+
+def rows_unchanged(run: Run, uri: str) -> bool:
+    """Whether the rows of `uri` are still those of the sealed shards, by their checksums."""
+    place = FILE_START
+    for seal in run.seals():
+        digest = xxhash.xxh3_128()
+        for row in itertools.takewhile(lambda row: row.position < seal.end, read_rows(uri, place)):  # noqa: B023
+            if row.position >= seal.start:
+                digest.update(row.raw + b"\n")
+        if digest.hexdigest() != seal.rows_checksum:
+            return False
+        place = Place(seal.end, seal.next_line, seal.next_offset)
+    return True
+
+
+class IdsSeen:
+    """The custom_ids so far, on disk, so that the memory does not grow with the rows.
+
+    Rows in batch format bring their own custom_ids: two equal ones cannot be told apart in the responses.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="batchkit-")
+        self._ids = sqlite3.connect(Path(self._folder.name) / "ids.sqlite", isolation_level=None)
+        # What a crash leaves of it is worthless: no journal, no fsync.
+        self._ids.execute("PRAGMA journal_mode = OFF")
+        self._ids.execute("PRAGMA synchronous = OFF")
+        self._ids.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+
+    def update(self, ids: Iterable[str]) -> None:
+        self._ids.execute("BEGIN")
+        self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?, NULL)", ((one,) for one in ids))
+        self._ids.execute("COMMIT")
+
+    def check(self, row: Row, done: Converted) -> Converted:
+        """`done`, or its rejection where an earlier row has the same custom_id."""
+        if done.request is None:
+            return done
+        cursor = self._ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (done.custom_id, row.line))
+        if cursor.rowcount:
+            return done
+        (line,) = self._ids.execute("SELECT line FROM ids WHERE id = ?", (done.custom_id,)).fetchone()
+        where = f"line {line}" if line is not None else "an earlier line"
+        message = f"custom_id {done.custom_id!r} is that of {where} already"
+        return Converted(make_custom_id(row.position, row.raw), None, "duplicate", message, names=done.names)
