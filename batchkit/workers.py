@@ -59,7 +59,9 @@ def _in_processes(rows: Iterator[Row], make: Callable[[], Converter], count: int
             hint="run the same command again, with --workers 1: it goes on where it stopped",
         ) from exc
     finally:
-        pool.shutdown(wait=False, kill_workers=True)
+        for _, future in under_way:
+            future.cancel()
+        pool.shutdown()
 
 
 def _finished(block: list[Row], future: Future[list[Converted]]) -> Iterator[tuple[Row, Converted]]:

@@ -1,0 +1,444 @@
+"""The command line: options, messages and exit codes; everything else is in the stages.
+
+Results go to stdout or files, all else to stderr. Only click is imported here: the stages are imported when they run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from batchkit import __version__
+from batchkit.errors import BatchkitError, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+"""The shell's code for a process ended by SIGINT (128 + 2)."""
+
+
+class Commands(click.Group):
+    """Prints our errors as DESIGN says, keeps the commands in the order of the work, and exits with the right code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BatchkitError as exc:
+            report_error(exc)
+            ctx.exit(exc.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. What is finished is kept: the same command goes on from there.", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # `batchkit … | head`: the reader has seen enough. Point stdout away, or its flush at exit fails, too.
+            sys.stdout = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
+            ctx.exit(1)
+
+
+def report_error(exc: BatchkitError) -> None:
+    click.echo(f"Error: {exc.message}", err=True)
+    if exc.detail:
+        click.echo("\n" + exc.detail, err=True)
+    if exc.hint:
+        click.echo(f"\nhint: {exc.hint}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="batchkit")
+def main() -> None:
+    """Ask a vision-language model one question about every row of a dataset, as a batch job.
+
+    \b
+    batchkit prepare tasks.jsonl my-run --model MODEL
+    batchkit submit my-run
+    batchkit merge my-run
+
+    Every row is accounted for: N rows in, N results out. Whatever is stopped or killed goes on when the same command is
+    typed again.
+
+    Exit codes: 0 done, every row has an answer; 1 error; 2 usage; 3 finished, but some rows have no answer; 8 rows are
+    still pending; 130 interrupted.
+    """
+
+
+def add_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+prepare_options = add_options(
+    click.option("--model", help="The model, as the backend calls it: a name, or a directory for vLLM."),
+    click.option(
+        "--backend",
+        type=click.Choice(["vllm"]),
+        default="vllm",
+        show_default=True,
+        help="Whose limits the shards keep to.",
+    ),
+    click.option(
+        "--input-format",
+        type=click.Choice(["auto", "jsonl", "batch"]),
+        default="auto",
+        show_default=True,
+        help="batch: rows that are requests in OpenAI batch format; they are kept as they are.",
+    ),
+    click.option(
+        "--image-field",
+        multiple=True,
+        metavar="FIELD",
+        help="Field with an image's path, or a list of paths. Repeatable: the images come in this order. "
+        "[default: image, where a row has it]",
+    ),
+    click.option(
+        "--question-field", default="question", show_default=True, metavar="FIELD", help="Field with the question."
+    ),
+    click.option("--id-fields", metavar="A,B", help="Fields that identify a row. [default: id, where a row has it]"),
+    click.option(
+        "--prompt-template",
+        metavar="TEXT|@FILE",
+        help="Jinja2 over the row's fields, for example 'Is this a {{ kind }}? {{ question }}'.",
+    ),
+    click.option("--system-prompt", metavar="TEXT|@FILE", help="Goes before every question."),
+    click.option("--image-root", metavar="DIR", help="Relative image paths start here. [default: beside TASKS]"),
+    click.option("--start", type=click.IntRange(0), default=0, help="Position of the first row, from 0."),
+    click.option("--end", type=click.IntRange(0), help="Position behind the last row."),
+    click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Longest answer."),
+    click.option(
+        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest answer."
+    ),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
+    click.option("--seed", type=int, help="For repeatable sampling, where the backend has it."),
+    click.option("--reasoning-effort", metavar="LEVEL", help="For models that take it: low, medium, high."),
+    click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
+    click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
+    click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Shrink images to this area."),
+    click.option(
+        "--image-format",
+        type=click.Choice(["keep", "jpeg", "png", "webp"]),
+        default="keep",
+        show_default=True,
+        help="Re-encode images that are of another format.",
+    ),
+    click.option(
+        "--image-quality",
+        type=click.IntRange(1, 100),
+        default=90,
+        show_default=True,
+        help="Of images that are re-encoded as JPEG or WebP.",
+    ),
+    click.option("--image-detail", type=click.Choice(["auto", "low", "high"]), help="The detail key of image_url."),
+    click.option(
+        "--on-bad-image",
+        type=click.Choice(["reject", "text-only"]),
+        default="reject",
+        show_default=True,
+        help="What becomes of a row whose image is missing or broken.",
+    ),
+    click.option("--max-requests", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
+    click.option("--max-bytes", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
+    click.option("--workers", type=click.IntRange(1), help="Processes. Never changes the result. [default: the cores]"),
+    click.option("--strict", is_flag=True, help="Stop at the first row that cannot become a request."),
+)
+
+pilot_option = click.option(
+    "--limit", "pilot", type=click.IntRange(1), metavar="N", help="A pilot: send only N requests now."
+)
+
+submit_options = add_options(
+    click.option("--shards", metavar="I/N", help="Work on the I-th of N parts of the run only, for example 3/8."),
+    click.option(
+        "--attempts",
+        type=click.IntRange(1),
+        default=3,
+        show_default=True,
+        help="How often a request that fails in passing is sent in all.",
+    ),
+    click.option(
+        "--retry",
+        metavar="VERDICTS",
+        help="Send rows with these verdicts again, too: failed,truncated,refused,invalid…",
+    ),
+    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
+)
+
+merge_options = add_options(
+    click.option("-o", "--output", metavar="FILE", help="Where the results go. [default: RUN/results.jsonl]"),
+    click.option(
+        "--parse",
+        default="text",
+        show_default=True,
+        metavar="HOW",
+        help="parsed_answer: text, json, choice, number or regex:PATTERN.",
+    ),
+    click.option("--prefix", default="", metavar="TEXT", help="Put before the names of the fields that a result adds."),
+    click.option("--retry-file", metavar="FILE", help="Rows without an answer. [default: RUN/retry.jsonl]"),
+)
+
+
+@main.command("prepare")
+@click.argument("tasks")
+@click.argument("run")
+@prepare_options
+@click.option("--limit", type=click.IntRange(0), help="At most so many rows.")
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would be made (exactly), write nothing.")
+def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, strict: bool, **options: Any) -> None:
+    """Make requests of the rows in TASKS, in the run directory RUN.
+
+    TASKS is a JSONL file: one JSON object a line. Again with the same options, it goes on where it stopped.
+
+    \b
+    batchkit prepare tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct --max-side 1024
+    """
+    from batchkit import preparation
+    from batchkit.progress import Console
+
+    with Console("prepare") as progress:
+        keywords = _prepare_keywords(options)
+        if plan_only:
+            report = preparation.plan(tasks, workers=workers, progress=progress, **keywords)
+        else:
+            report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
+    _tell_prepared(report, plan_only=plan_only)
+    if not plan_only:
+        click.echo(f"\nnext: batchkit submit {run}" if report.requests else "\nnothing to submit", err=True)
+
+
+def _prepare_keywords(options: dict[str, Any]) -> Any:
+    from batchkit.options import parse_extra_body
+
+    keywords = {name: value for name, value in options.items() if name not in {"image_field", "id_fields"}}
+    keywords["image_field"] = options["image_field"] or None
+    ids = options["id_fields"]
+    keywords["id_fields"] = tuple(name.strip() for name in ids.split(",")) if ids else None
+    keywords["extra_body"] = parse_extra_body(options["extra_body"])
+    return keywords
+
+
+def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
+    already = "already prepared: " if report.already else "would make " if plan_only else "prepared "
+    click.echo(
+        f"{already}{report.requests:,} requests of {report.rows:,} rows, in {_count(report.shards, 'shard')}, "
+        f"{_bytes(report.requests_bytes)} (largest shard {_bytes(report.largest_shard_bytes)})",
+        err=not plan_only,
+    )
+    if report.rejected:
+        reasons = ", ".join(f"{code} {count:,}" for code, count in report.reasons.items())
+        click.echo(f"rejected {_count(report.rejected, 'row')} ({reasons}):", err=True)
+        for message in report.first_rejections:
+            click.echo(f"  {message}", err=True)
+        if report.rejected > len(report.first_rejections):
+            click.echo(f"  … and {report.rejected - len(report.first_rejections):,} more", err=True)
+    if report.names_in_use:
+        names = ", ".join(report.names_in_use)
+        click.echo(f"warning: rows use names that results use: {names}; merge will need --prefix", err=True)
+
+
+@main.command("submit")
+@click.argument("run")
+@click.option("--backend", type=click.Choice(["vllm"]), help="Who answers. [default: the one it was prepared for]")
+@submit_options
+@click.option("--resume/--no-resume", default=True, help="--no-resume throws away all responses so far, after asking.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def submit_command(ctx: click.Context, run: str, backend: str | None, resume: bool, yes: bool, **options: Any) -> None:
+    """Send the requests of RUN that have no response yet.
+
+    With vLLM, arguments behind -- go to the engine as they are. Whatever it had finished when it was stopped or killed
+    is kept; the same command sends the rest.
+
+    \b
+    batchkit submit my-run -- --max-model-len 8192 --limit-mm-per-prompt '{"image": 2}'
+    """
+    from batchkit import submission
+    from batchkit.progress import Console
+
+    if not resume:
+        _discard(run, yes=yes)
+    with Console("submit", unit="requests") as progress:
+        report = submission.submit(run, backend=backend, progress=progress, **_submit_keywords(options))
+    _tell_submitted(report)
+    click.echo(f"\nnext: batchkit {'submit' if report.remaining else 'merge'} {run}", err=True)
+    ctx.exit(report.exit_code)
+
+
+def _discard(run: str, *, yes: bool) -> None:
+    from batchkit import submission
+
+    lost = submission.responses_count(run)
+    if lost and not yes:
+        click.confirm(f"throw away {_count(lost, 'response')} of {run} and begin anew?", abort=True, err=True)
+    submission.discard(run)
+
+
+def _submit_keywords(options: dict[str, Any]) -> dict[str, Any]:
+    keywords = dict(options)
+    keywords["limit"] = keywords.pop("pilot")
+    keywords["retry"] = _verdicts(keywords["retry"])
+    return keywords
+
+
+def _verdicts(text: str | None) -> frozenset[Any]:
+    from batchkit.responses import Verdict
+
+    try:
+        return frozenset(Verdict(word.strip()) for word in text.split(",")) if text else frozenset()
+    except ValueError as exc:
+        known = ", ".join(Verdict)
+        raise UsageError(f"--retry: {exc}", hint=f"the verdicts are {known}") from exc
+
+
+def _tell_submitted(report: Any) -> None:
+    click.echo(
+        f"sent {_count(report.sent, 'request')}, got {_count(report.responses, 'response')} in {report.seconds:,.0f} s",
+        err=True,
+    )
+    if report.remaining:
+        click.echo(f"{_count(report.remaining, 'request')} still to do", err=True)
+
+
+@main.command("merge")
+@click.argument("run", required=False)
+@merge_options
+@click.option("--tasks", metavar="FILE", help="Merge files that no run knows: the task file.")
+@click.option("--responses", multiple=True, metavar="GLOB", help="Output and error files for --tasks. Repeatable.")
+@click.option(
+    "--id-fields", metavar="A,B", help="For --tasks: the fields whose values are the custom_id. [default: id]"
+)
+@click.option("--id-separator", default="|", show_default=True, help="Joins the values of several id fields.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+@click.pass_context
+def merge_command(
+    ctx: click.Context,
+    *,
+    run: str | None,
+    tasks: str | None,
+    responses: tuple[str, ...],
+    id_fields: str | None,
+    id_separator: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Join the responses of RUN to its rows: one result per row, in the order of the task file.
+
+    Works at any time, also while submit is running. Without RUN, --tasks and --responses merge any pile of
+    batch output.
+
+    \b
+    batchkit merge my-run --parse choice
+    batchkit merge --tasks tasks.jsonl --responses 'out/*.jsonl' -o results.jsonl
+    """
+    from batchkit.progress import Console
+
+    with Console("merge") as progress:
+        if run is not None:
+            if tasks or responses:
+                raise UsageError("RUN goes without --tasks and --responses", hint="batchkit merge --help")
+            from batchkit import merging
+
+            summary = merging.merge(run, progress=progress, **options)
+        else:
+            if not tasks or not responses:
+                raise UsageError("name a RUN, or --tasks and --responses", hint="batchkit merge --help")
+            from batchkit import piles
+
+            summary = piles.merge_pile(
+                tasks,
+                list(responses),
+                id_fields=tuple(name.strip() for name in id_fields.split(",")) if id_fields else ("id",),
+                id_separator=id_separator,
+                progress=progress,
+                **options,
+            )
+    _tell_merged(summary, as_json=as_json)
+    ctx.exit(summary.exit_code)
+
+
+def _tell_merged(summary: Any, *, as_json: bool = False) -> None:
+    counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
+    click.echo(f"merged {_count(summary.rows, 'row')}: {counts}", err=True)
+    for name in ("unexpected", "unreadable"):
+        if count := getattr(summary, name):
+            click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)
+    click.echo(f"results: {summary.output}", err=True)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+
+@main.command("run")
+@click.argument("tasks")
+@click.argument("run")
+@prepare_options
+@pilot_option
+@submit_options
+@merge_options
+@click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def run_command(ctx: click.Context, tasks: str, run: str, **options: Any) -> None:
+    """Prepare, submit and merge in one. Again, it goes on where it stopped.
+
+    \b
+    batchkit run tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct -- --max-model-len 8192
+    """
+    from batchkit import pipeline
+    from batchkit.progress import Console
+
+    options["retry"] = _verdicts(options["retry"])
+    summary = pipeline.run(
+        tasks,
+        run,
+        show=lambda stage: Console(stage, unit="requests" if stage == "submit" else "rows"),
+        prepared=_tell_prepared,
+        submitted=_tell_submitted,
+        **_prepare_keywords(options),
+    )
+    _tell_merged(summary)
+    ctx.exit(summary.exit_code)
+
+
+@main.command("status")
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON on stdout.")
+@click.pass_context
+def status_command(ctx: click.Context, run: str, as_json: bool) -> None:
+    """Say where RUN stands: shards, requests, what has come back.
+
+    \b
+    batchkit status my-run
+    """
+    from batchkit import reporting
+
+    status = reporting.status(run)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(status), indent=2))
+    else:
+        click.echo(reporting.as_text(status))
+    ctx.exit(status.exit_code)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"

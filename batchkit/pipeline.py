@@ -1,0 +1,69 @@
+"""The three stages in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from batchkit.options import PrepareKeywords
+from batchkit.preparation import Report, prepare
+from batchkit.progress import Console, Silent
+
+if TYPE_CHECKING:
+    from batchkit.merging import Summary
+    from batchkit.responses import Verdict
+    from batchkit.submission import SubmitReport
+
+Show = Callable[[str], AbstractContextManager[Console | Silent]]
+"""Gives the progress of a stage by its name."""
+
+
+def run(
+    tasks: str | Path,
+    run: str | Path,
+    *,
+    workers: int | None = None,
+    strict: bool = False,
+    pilot: int | None = None,
+    shards: str | None = None,
+    attempts: int = 3,
+    retry: frozenset[Verdict] = frozenset(),
+    replicas: int = 1,
+    engine_args: Sequence[str] = (),
+    output: str | Path | None = None,
+    parse: str = "text",
+    prefix: str = "",
+    retry_file: str | Path | None = None,
+    show: Show = lambda stage: Silent(),  # noqa: ARG005  # the same for each stage
+    prepared: Callable[[Report], object] = lambda report: None,  # noqa: ARG005  # nobody wants to know
+    submitted: Callable[[SubmitReport], object] = lambda report: None,  # noqa: ARG005  # the same
+    **keywords: Unpack[PrepareKeywords],
+) -> Summary:
+    """Prepare, submit and merge; called again, go on where it stopped. The options are those of the three verbs.
+
+    `pilot` is the `limit` of `submit`: so many requests now, the rest when it is called without. `prepared` and
+    `submitted` are called with the report of their stage as soon as it is over.
+    """
+    from batchkit.merging import merge
+    from batchkit.submission import submit
+
+    with show("prepare") as progress:
+        report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)
+    prepared(report)
+    with show("submit") as progress:
+        submitted(
+            submit(
+                run,
+                limit=pilot,
+                shards=shards,
+                attempts=attempts,
+                retry=retry,
+                replicas=replicas,
+                engine_args=engine_args,
+                progress=progress,
+            )
+        )
+    with show("merge") as progress:
+        return merge(run, output=output, parse=parse, prefix=prefix, retry_file=retry_file, progress=progress)

@@ -1,0 +1,102 @@
+"""Where a run stands: what `status` says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from batchkit import outcomes
+from batchkit.responses import ANSWERS, Verdict
+from batchkit.runs import Run
+
+
+class ShardStatus(msgspec.Struct, kw_only=True):
+    """`state`: `sealed` (never sent), `running`, `open` (rows to send, nothing running) or `done`."""
+
+    shard: int
+    rows: int
+    requests: int
+    attempts: int
+    state: str
+    verdicts: dict[str, int]
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """`prepared` is False while shards may still be added. `verdicts` add up to `rows`."""
+
+    run: str
+    model: str
+    backend: str
+    prepared: bool
+    rows: int
+    requests: int
+    answers: int
+    verdicts: dict[str, int]
+    shards: list[ShardStatus]
+
+    @property
+    def exit_code(self) -> int:
+        """0 every row has an answer, 3 some have none, 8 rows are pending."""
+        if not self.prepared or self.verdicts.get(Verdict.PENDING):
+            return 8
+        return 0 if self.answers == self.rows else 3
+
+
+def status(run: Run | str | Path) -> Status:
+    """Read the whole run and count; nothing is changed. Raises `RunError` where it is damaged."""
+    opened = run if isinstance(run, Run) else Run.open(run)
+    shards = [_shard(opened, outcomes.load(opened, seal)) for seal in opened.seals()]
+    totals: Counter[str] = Counter()
+    for shard in shards:
+        totals.update(shard.verdicts)
+    return Status(
+        run=str(opened.path),
+        model=opened.manifest.model,
+        backend=opened.manifest.backend,
+        prepared=opened.prepared() is not None,
+        rows=sum(shard.rows for shard in shards),
+        requests=sum(shard.requests for shard in shards),
+        answers=sum(totals[verdict] for verdict in ANSWERS),
+        verdicts={verdict.value: totals[verdict] for verdict in Verdict},
+        shards=shards,
+    )
+
+
+def _shard(run: Run, joined: outcomes.ShardOutcomes) -> ShardStatus:
+    seal = joined.seal
+    attempts = run.job(seal.shard).attempts
+    counts = Counter(outcome.verdict.value for outcome in joined.outcomes)
+    if any(attempt.state in {"intended", "running"} for attempt in attempts):
+        state = "running"
+    elif not attempts:
+        state = "sealed"
+    else:
+        state = "open" if counts[Verdict.PENDING] or counts[Verdict.MISSING] else "done"
+    return ShardStatus(
+        shard=seal.shard,
+        rows=seal.end - seal.start,
+        requests=seal.requests,
+        attempts=len(attempts),
+        state=state,
+        verdicts=dict(counts),
+    )
+
+
+def as_text(status: Status) -> str:
+    """The status for people: one line on the run, one on its rows, one for each shard that is not done."""
+    done = sum(shard.state == "done" for shard in status.shards)
+    lines = [
+        f"{status.run}: {status.model} on {status.backend}",
+        f"{status.rows:,} rows, {status.requests:,} requests, {len(status.shards):,} shards ({done:,} done)"
+        + ("" if status.prepared else "; prepare has not finished"),
+        ", ".join(f"{name} {count:,}" for name, count in status.verdicts.items() if count) or "no rows",
+    ]
+    waiting = [shard for shard in status.shards if shard.state != "done"]
+    for shard in waiting[:20]:
+        counts = ", ".join(f"{name} {count:,}" for name, count in shard.verdicts.items())
+        lines.append(f"  shard {shard.shard:05d}  {shard.state:7}  {shard.attempts} attempts  {counts}")
+    if len(waiting) > 20:
+        lines.append(f"  … and {len(waiting) - 20:,} more shards that are not done")
+    return "\n".join(lines)
