@@ -195,7 +195,7 @@ def _choice(answer: Any) -> str:
     if match := _WHOLE.fullmatch(text.rpartition("\n")[2].strip()):
         return match[1].upper()
     for pattern, limit in ((_SET_OFF, len(text)), (_ALONE, SHORT)):
-        found = {next(filter(None, match.groups())) for match in pattern.finditer(text)}
+        found: set[str] = {next(filter(None, match.groups())) for match in pattern.finditer(text)}
         if len(found) == 1 and len(text) <= limit and not _DENIAL.search(text):
             return found.pop()
     raise ParseError("no choice in it" if text else "the answer is empty")

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import xxhash
 
+from batchkit.errors import RunError
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
 from batchkit.runs import Attempt, Rejection, Run, Seal
 from batchkit.storage import open_read
@@ -17,11 +19,11 @@ from batchkit.storage import open_read
 _OVER = frozenset({"collected", "died"})
 
 
-class Outcome(msgspec.Struct, kw_only=True):
+class Outcome(msgspec.Struct, kw_only=True, gc=False):
     """What became of one row.
 
     `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
-    None where there is an answer and nothing to say of it. `tries` counts the attempts that took the row, are over
+    None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries` counts the attempts that took the row, are over
     (died ones too), and did not answer it.
     """
 
@@ -32,6 +34,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     backend: str | None = None
     conflicts: list[Response] = []
     message: str | None = None
+    code: str | int | None = None
     tries: int = 0
 
 
@@ -51,7 +54,7 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
 
 def load(run: Run, seal: Seal) -> ShardOutcomes:
     """Read what is known of a shard now. Raises `RunError` where its files are damaged."""
-    ids = run.read_ids(seal)
+    ids = _read_ids(run, seal)
     rejections = {rejection.position - seal.start: rejection for rejection in seal.rejected}
     attempts = {attempt.number: attempt for attempt in run.job(seal.shard).attempts}
     shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[])
@@ -66,6 +69,21 @@ def load(run: Run, seal: Seal) -> ShardOutcomes:
         for index, custom_id in enumerate(ids)
     ]
     return shard
+
+
+def _read_ids(run: Run, seal: Seal) -> list[str]:
+    path = run.ids_path(seal.shard)
+    try:
+        checksum = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    except OSError as exc:
+        raise damaged(path, f"cannot be read: {exc.strerror or exc}") from exc
+    if checksum != seal.ids_checksum:
+        raise damaged(path, "is not what prepare wrote (its checksum differs)")
+    return run.read_ids(seal)
+
+
+def damaged(path: Path, what: str) -> RunError:
+    return RunError(f"{path}: {what}", hint="restore the file from a copy of the run")
 
 
 def _read_responses(
@@ -137,7 +155,9 @@ def _attempts_of_rows(attempts: list[Attempt], seal: Seal) -> tuple[list[int], l
 
 
 def _rejected(rejection: Rejection) -> Outcome:
-    return Outcome(custom_id=rejection.custom_id, verdict=Verdict.REJECTED, message=rejection.message)
+    return Outcome(
+        custom_id=rejection.custom_id, verdict=Verdict.REJECTED, message=rejection.message, code=rejection.code
+    )
 
 
 def _outcome(
@@ -167,6 +187,7 @@ def _outcome(
         backend=attempts[number].backend if number in attempts else None,
         conflicts=chosen.conflicts,
         message=message,
+        code=response.code if response is not None else None,
         tries=tries,
     )
 

@@ -52,7 +52,7 @@ class UnreadableLine(ValueError):  # noqa: N818  # it is a finding about a line,
     """A line that is no JSON object, or has no text as `custom_id`: cut in half, or no response at all."""
 
 
-class Response(msgspec.Struct, frozen=True):
+class Response(msgspec.Struct, frozen=True, gc=False):
     """One response, judged. `verdict` is one of answered, truncated, refused, failed and expired.
 
     `answer` is the first choice's text; for embeddings a vector or a list of vectors, for scores a number or a list of
@@ -90,28 +90,28 @@ _PASSING_WORDS = re.compile(
 )
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     content: str
     refusal: str | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     message: _Message
     finish_reason: str | None
 
 
-class _Body(msgspec.Struct):
+class _Body(msgspec.Struct, gc=False):
     choices: list[_Choice]
     model: str | None = None
     usage: dict[str, Any] | None = None
 
 
-class _Returned(msgspec.Struct):
+class _Returned(msgspec.Struct, gc=False):
     status_code: int
     body: _Body
 
 
-class _Line(msgspec.Struct):
+class _Line(msgspec.Struct, gc=False):
     custom_id: str
     response: _Returned
 
