@@ -121,7 +121,10 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareO
         keywords = {**keywords, "model": body["model"]}
     if batch_format:
         _refuse_conversion(keywords)
-    return uri, prepare_options.check({**keywords, "input_format": "batch" if batch_format else "jsonl"})
+    options = prepare_options.check({**keywords, "input_format": "batch" if batch_format else "jsonl"})
+    # Made once here for its errors (a template that does not parse, say), before there is a run to resume.
+    Converter(options, image_root=_image_root(uri, options), batch_format=batch_format)
+    return uri, options
 
 
 def _refuse_conversion(keywords: PrepareKeywords) -> None:

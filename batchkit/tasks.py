@@ -6,6 +6,8 @@ its question.
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -169,45 +171,47 @@ def first_row(uri: str) -> dict[str, Any] | None:
     """The first row that is a JSON object, None for a file without rows.
 
     Raises `InputError` where the beginning of the file shows that it is of another kind (CSV, one JSON array, binary).
+    A few bad rows do not: they are rejected one by one.
     """
-    seen = False
-    for number, row in enumerate(read_rows(uri)):
-        seen = True
+    first: bytes | None = None
+    for row in itertools.islice(read_rows(uri), 100):
+        if first is None:
+            first = row.raw.strip()
+            _refuse_other_kind(uri, first)
         try:
             return parse_object(row.raw)
-        except RowError as exc:
-            if row.position == 0:
-                _refuse_other_kind(uri, row.raw, exc)
-        if number >= 100:
-            break
-    if seen:
+        except RowError:
+            continue
+    if first is None:
+        return None
+    if first.startswith(b"["):
+        raise InputError(f"{uri}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
+    raise InputError(
+        f"{uri}: is not JSONL: line 1 begins with {first[:40].decode('utf-8', 'replace')!r}", hint=FROM_CSV
+    )
+
+
+FROM_CSV = (
+    "a task file has one JSON object a line; a CSV becomes one with: python3 -c 'import csv, json, sys; "
+    "[print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]' < FILE.csv > tasks.jsonl"
+)
+
+
+def _refuse_other_kind(uri: str, first: bytes) -> None:
+    """Refuse what would only look like many bad rows, or have a few good ones by chance."""
+    if b"\x00" in first[:200] or first.startswith((b"PAR1", b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
         raise InputError(
-            f"{uri}: none of the first 100 rows is a JSON object",
-            hint="a task file is JSONL: one JSON object a line",
+            f"{uri}: is a binary file, not JSONL",
+            hint="a task file has one JSON object a line; a compressed one is named .gz, .bz2, .xz or .zst",
         )
-    return None
+    if first == b"[":
+        raise InputError(f"{uri}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
+    if first == b"{":
+        raise InputError(f"{uri}: holds JSON spread over several lines, not one object a line", hint=_jq(".", uri))
 
 
-def _refuse_other_kind(uri: str, raw: bytes, exc: RowError) -> None:
-    start = raw.lstrip()[:200]
-    if start.startswith(b"["):
-        raise InputError(
-            f"{uri}: holds a JSON array, not one JSON object a line",
-            hint=f"jq -c '.[]' {uri} > tasks.jsonl",
-        ) from exc
-    if b"\x00" in start or start.startswith((b"PAR1", b"PK\x03\x04", b"\x1f\x8b")):
-        raise InputError(f"{uri}: is a binary file, not JSONL", hint="a task file has one JSON object a line") from exc
-    if start == b"{":
-        raise InputError(
-            f"{uri}: holds JSON spread over several lines, not one object a line",
-            hint=f"jq -c . {uri} > tasks.jsonl",
-        ) from exc
-    if not start.startswith(b"{"):
-        raise InputError(
-            f"{uri}: is not JSONL: line 1 begins with {start[:40].decode('utf-8', 'replace')!r}",
-            hint="a task file has one JSON object a line; convert a CSV with: python -c 'import csv, json, sys; "
-            "[print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]' < FILE > tasks.jsonl",
-        ) from exc
+def _jq(program: str, uri: str) -> str:
+    return f"jq -c '{program}' {shlex.quote(uri)} > tasks.jsonl"
 
 
 def _kind(value: Any) -> str:
