@@ -23,8 +23,8 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     """What became of one row.
 
     `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
-    None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries` counts the attempts that took the row, are over
-    (died ones too), and did not answer it.
+    None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries`
+    counts the attempts that took the row, are over (died ones too), and did not answer it.
     """
 
     custom_id: str

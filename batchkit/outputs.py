@@ -1,0 +1,162 @@
+"""The files that a merge writes: results, rows to retry, lines that belong nowhere, the summary. All of them whole.
+
+They lie beside each other: `summary.json`, `retry.jsonl` and `unexpected.jsonl` beside `results.jsonl`; beside a file
+of another name, `NAME.summary.json` and so on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+import msgspec
+
+from batchkit.errors import UsageError
+from batchkit.outcomes import Outcome
+from batchkit.responses import ANSWERS, Verdict
+from batchkit.results import ResultEncoder
+from batchkit.storage import COMPRESSED, is_remote, write_whole
+from batchkit.summaries import Summary, Tally
+
+FORMATS = (".jsonl", ".ndjson", ".json")
+
+
+class Places(NamedTuple):
+    results: Path
+    summary: Path
+    retry: Path
+    unexpected: Path
+
+
+def places(output: str | Path, retry_file: str | Path | None, *, never: Iterable[Path] = ()) -> Places:
+    """Where the files of a merge go. Raises `UsageError` for formats we do not write, and for files in `never`:
+    what the merge reads."""
+    results = _target(output)
+    name = _bare(results.name)
+    stem = "" if name == "results" else f"{name}."
+    retry = _target(retry_file) if retry_file is not None else results.with_name(f"{stem}retry.jsonl")
+    chosen = Places(
+        results, results.with_name(f"{stem}summary.json"), retry, results.with_name(f"{stem}unexpected.jsonl")
+    )
+    if len({path.resolve() for path in chosen}) < len(chosen):
+        raise UsageError(f"{retry}: two of the files to write have this name", hint="name another --retry-file")
+    for path in chosen:
+        for read in never:
+            if path.resolve() == read.resolve() or read.resolve() in path.resolve().parents:
+                raise UsageError(f"{path}: would overwrite what the merge reads", hint="name another file with -o")
+    return chosen
+
+
+def _target(uri: str | Path) -> Path:
+    if is_remote(str(uri)):
+        raise UsageError(f"{uri}: results go to local files in this version", hint="-o results.jsonl")
+    path = Path(str(uri).removeprefix("file://")).expanduser()
+    bare = path.name
+    for ending in COMPRESSED:
+        bare = bare.removesuffix(ending)
+    if not bare.endswith(FORMATS):
+        raise UsageError(f"{path}: results are written as JSONL in this version", hint="-o results.jsonl, or .jsonl.gz")
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{path}: is not a file", hint="-o results.jsonl")
+    return path
+
+
+def _bare(name: str) -> str:
+    for ending in (*COMPRESSED, *FORMATS):
+        name = name.removesuffix(ending)
+    return name
+
+
+class Outputs:
+    """Takes rows with their outcomes in row order. As a context manager: the files get their names only where the
+    block ends well, the results last."""
+
+    def __init__(self, to: Places, encoder: ResultEncoder) -> None:
+        self.tally = Tally()
+        self._to = to
+        self._encoder = encoder
+        self._stack = contextlib.ExitStack()
+        self._unexpected: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._to.results.parent.mkdir(parents=True, exist_ok=True)
+        self._to.retry.parent.mkdir(parents=True, exist_ok=True)
+        self._results = self._stack.enter_context(_open_write(self._to.results))
+        self._retry = self._stack.enter_context(_open_write(self._to.retry))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, value, trace)
+        if kind is None and self._unexpected is None:
+            self._to.unexpected.unlink(missing_ok=True)  # of an earlier merge
+
+    def add(self, row: bytes, outcome: Outcome) -> None:
+        """Write the result of `row`, which is the row's line without its line feed."""
+        result = self._encoder.encode(row, outcome)
+        self._results.write(result.line)
+        self.tally.add(outcome, result.verdict, result.error)
+        if result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
+            self._retry.write(row + b"\n")
+
+    def add_strays(self, unexpected: Iterable[bytes], unreadable: Iterable[bytes]) -> None:
+        """Keep lines that belong to no row, or are no responses, and count them."""
+        for line in unexpected:
+            self.tally.unexpected += 1
+            self._keep(line)
+        for line in unreadable:
+            self.tally.unreadable += 1
+            self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
+        if self._unexpected is None:
+            self._unexpected = self._stack.enter_context(write_whole(self._to.unexpected))
+        self._unexpected.write(line + b"\n")
+
+    def write_summary(self, **known: Any) -> Summary:
+        """Write and return the summary. To be called behind the block; `known` is what `Tally.summary` takes."""
+        summary = self.tally.summary(
+            output=str(self._to.results),
+            retry_file=str(self._to.retry),
+            unexpected_file=str(self._to.unexpected) if self._unexpected is not None else None,
+            **known,
+        )
+        with write_whole(self._to.summary) as stream:
+            stream.write(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+        return summary
+
+
+@contextlib.contextmanager
+def _open_write(path: Path) -> Iterator[IO[bytes]]:
+    """Like `write_whole`, compressed as the name says. The same content gives the same bytes."""
+    with write_whole(path) as stream:
+        compressed = _compressed(path.suffix, stream)
+        if compressed is None:
+            yield stream
+            return
+        with contextlib.closing(compressed):
+            yield compressed
+
+
+def _compressed(ending: str, stream: IO[bytes]) -> Any:
+    if ending == ".gz":
+        import gzip
+
+        return gzip.GzipFile("", "wb", 6, stream, mtime=0)
+    if ending == ".bz2":
+        import bz2
+
+        return bz2.BZ2File(stream, "wb")
+    if ending == ".xz":
+        import lzma
+
+        return lzma.LZMAFile(stream, "wb")
+    if ending == ".zst":
+        import zstandard
+
+        return zstandard.ZstdCompressor().stream_writer(stream, closefd=False)
+    return None

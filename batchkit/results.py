@@ -1,0 +1,134 @@
+"""A row and its outcome → the result line: the row's own bytes first, our fields spliced behind them.
+
+Rows are not parsed and dumped again: numbers, escapes and the order of keys stay as the user wrote them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from batchkit.answers import ParseError, parser
+from batchkit.errors import UsageError
+from batchkit.outcomes import Outcome
+from batchkit.responses import Response, Verdict
+from batchkit.runs import OUR_NAMES
+
+_ANSWERED, _TRUNCATED, _REFUSED = Verdict.ANSWERED, Verdict.TRUNCATED, Verdict.REFUSED
+_INVALID, _CONFLICTING, _REJECTED = Verdict.INVALID, Verdict.CONFLICTING, Verdict.REJECTED
+_MAY_PARSE = frozenset({_ANSWERED, _TRUNCATED, _CONFLICTING})
+_KEEPS_ANSWER = frozenset({*_MAY_PARSE, _REFUSED})
+
+
+class _Note(msgspec.Struct, gc=False):
+    """The object `batchkit` of a result."""
+
+    custom_id: str
+    verdict: Verdict
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    backend: str | None
+    attempt: int | None
+    conflicts: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    line: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class Result(msgspec.Struct, frozen=True, gc=False):
+    """A result as a line (with its line feed), and what counts: the verdict after parsing, the error if any."""
+
+    line: bytes
+    verdict: Verdict
+    error: str | None
+
+
+class ResultEncoder:
+    """Makes result lines. `model` stands where a response names none.
+
+    Raises `UsageError` for a `parse` that is none; `encode` raises it for a row that uses one of our names.
+    """
+
+    def __init__(self, *, parse: str = "text", prefix: str = "", model: str | None = None, schema: Any = None) -> None:
+        self._parse = parser(parse, schema)
+        self._prefix = prefix
+        self._model = model
+        self._names = [prefix + name for name in OUR_NAMES]
+        # A key may also be written with escapes; those of ASCII letters all begin like this.
+        self._needles = [msgspec.json.encode(name) for name in self._names] + [b"\\u00"]
+        tail: Any = msgspec.defstruct("Tail", list(OUR_NAMES), rename=dict(zip(OUR_NAMES, self._names, strict=True)))
+        self._tail = tail
+        self._encode = msgspec.json.Encoder().encode
+
+    def encode(self, row: bytes, outcome: Outcome) -> Result:
+        """The result of one row. Only rejected rows may be anything but a JSON object."""
+        verdict, error, response = outcome.verdict, outcome.message, outcome.response
+        raw = parsed = None
+        if response is not None and verdict in _KEEPS_ANSWER:
+            raw = response.answer
+            if verdict in _MAY_PARSE:
+                try:
+                    parsed = self._parse(raw)
+                except ParseError as exc:
+                    if verdict is _ANSWERED:
+                        verdict, error = _INVALID, str(exc)
+        note = _note(outcome, verdict, response)
+        body = row.strip()
+        is_object = body[:1] == b"{" and body[-1:] == b"}" and (verdict is not _REJECTED or _is_object(body))
+        if is_object:
+            self._check_names(body, outcome.custom_id)
+        else:
+            note.line = row.decode("utf-8", "replace")
+        model = (response.model if response is not None else None) or self._model
+        tail = self._encode(self._tail(model, raw, parsed, error, note))
+        return Result(_splice(body, tail) if is_object else tail + b"\n", verdict, error)
+
+    def _check_names(self, body: bytes, custom_id: str) -> None:
+        for needle in self._needles:
+            if needle in body:
+                break
+        else:
+            return
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        used = [name for name in self._names if name in fields]
+        if used:
+            raise UsageError(
+                f"row {custom_id} has a field {used[0]!r} already, which a result would overwrite",
+                hint=f"--prefix {_free_prefix(fields)} puts that before the names of our fields",
+            )
+
+
+def _note(outcome: Outcome, verdict: Verdict, response: Response | None) -> _Note:
+    note = _Note(
+        outcome.custom_id,
+        verdict,
+        response.finish_reason if response is not None else None,
+        response.usage if response is not None else None,
+        outcome.backend,
+        outcome.attempt,
+    )
+    if outcome.conflicts:
+        note.conflicts = [
+            {"raw_response": other.answer, "verdict": other.verdict, "finish_reason": other.finish_reason}
+            for other in outcome.conflicts
+        ]
+    return note
+
+
+def _splice(body: bytes, tail: bytes) -> bytes:
+    head = body[:-1].rstrip()
+    return b"%b%b%b\n" % (head, b"" if head == b"{" else b",", tail[1:])
+
+
+def _is_object(body: bytes) -> bool:
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _free_prefix(fields: dict[str, Any]) -> str:
+    for prefix in ("answer_", "batchkit_", "bk_"):
+        if not any(prefix + name in fields for name in OUR_NAMES):
+            return prefix
+    return "NAME_"

@@ -1,0 +1,171 @@
+"""Counts of a merge: what `summary.json` says and what the exit code is read off."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from batchkit.outcomes import Outcome
+from batchkit.responses import ANSWERS, Verdict
+from batchkit.runs import Attempt
+
+COMMONEST = 5
+MAX_GROUPS = 1000
+"""So many different errors are told apart; memory must not grow with a run in which every row fails differently."""
+
+
+class Tokens(msgspec.Struct, kw_only=True):
+    """Of the responses that count; what superseded or repeated responses cost is not in it."""
+
+    prompt: int = 0
+    completion: int = 0
+    total: int = 0
+
+
+class CommonError(msgspec.Struct, kw_only=True):
+    """Errors that differ in numbers alone count as one; message and custom_id are those of the first."""
+
+    verdict: Verdict
+    message: str
+    count: int
+    custom_id: str
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """What a merge found. `verdicts` has all ten and adds up to `rows`.
+
+    `prepared` is False while `prepare` has not finished: there are more rows to come. `started` to `finished` spans
+    the attempts; `seconds` counts only the time in which at least one that has ended was under way. Of a pile, which
+    has no attempts, nothing is known of time.
+    """
+
+    rows: int
+    verdicts: dict[Verdict, int]
+    unexpected: int
+    unreadable: int
+    tokens: Tokens
+    model: str | None
+    backends: list[str]
+    prepared: bool
+    started: str | None
+    finished: str | None
+    seconds: float | None
+    answers_per_second: float | None
+    errors: list[CommonError]
+    output: str
+    retry_file: str
+    unexpected_file: str | None
+
+    @property
+    def answers(self) -> int:
+        return sum(count for verdict, count in self.verdicts.items() if verdict in ANSWERS)
+
+    @property
+    def exit_code(self) -> int:
+        """8: rows are pending, or not prepared yet; 3: some rows have no answer; else 0."""
+        if self.verdicts[Verdict.PENDING] or not self.prepared:
+            return 8
+        return 0 if self.answers == self.rows else 3
+
+
+class Tally:
+    """Counts outcomes as they are written."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.unexpected = 0
+        self.unreadable = 0
+        self._verdicts: dict[Verdict, int] = dict.fromkeys(Verdict, 0)
+        self._tokens = [0, 0, 0]
+        self._errors: dict[tuple[Verdict, str], CommonError] = {}
+
+    def add(self, outcome: Outcome, verdict: Verdict, error: str | None) -> None:
+        self.rows += 1
+        self._verdicts[verdict] += 1
+        if outcome.response is not None and (usage := outcome.response.usage):
+            self._add_tokens(usage)
+        if error is not None and verdict is not Verdict.PENDING:
+            self._add_error(outcome, verdict, error)
+
+    def _add_tokens(self, usage: dict[str, Any]) -> None:
+        prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+        completion = usage.get("completion_tokens") or usage.get("output_tokens") or 0
+        if isinstance(prompt, int) and isinstance(completion, int):
+            total = usage.get("total_tokens")
+            self._tokens[0] += prompt
+            self._tokens[1] += completion
+            self._tokens[2] += total if isinstance(total, int) else prompt + completion
+
+    def _add_error(self, outcome: Outcome, verdict: Verdict, error: str) -> None:
+        group = (verdict, str(outcome.code) if verdict is Verdict.REJECTED and outcome.code else _shape(error))
+        known = self._errors.get(group)
+        if known is not None:
+            known.count += 1
+        elif len(self._errors) < MAX_GROUPS:
+            self._errors[group] = CommonError(
+                verdict=verdict, message=error[:500], count=1, custom_id=outcome.custom_id
+            )
+
+    def summary(
+        self,
+        *,
+        output: str,
+        retry_file: str,
+        unexpected_file: str | None,
+        model: str | None = None,
+        attempts: Iterable[Attempt] = (),
+        prepared: bool = True,
+    ) -> Summary:
+        attempts = list(attempts)
+        assert sum(self._verdicts.values()) == self.rows  # noqa: S101  # the promise; a failure here is our bug
+        started, finished, seconds = _times(attempts)
+        answers = sum(count for verdict, count in self._verdicts.items() if verdict in ANSWERS)
+        prompt, completion, total = self._tokens
+        return Summary(
+            rows=self.rows,
+            verdicts=self._verdicts,
+            unexpected=self.unexpected,
+            unreadable=self.unreadable,
+            tokens=Tokens(prompt=prompt, completion=completion, total=total),
+            model=model,
+            backends=sorted({attempt.backend for attempt in attempts}),
+            prepared=prepared,
+            started=started,
+            finished=finished,
+            seconds=seconds,
+            answers_per_second=round(answers / seconds, 3) if seconds else None,
+            errors=sorted(self._errors.values(), key=lambda error: -error.count)[:COMMONEST],
+            output=output,
+            retry_file=retry_file,
+            unexpected_file=unexpected_file,
+        )
+
+
+_DIGITS = re.compile(r"\d+")
+
+
+def _shape(message: str) -> str:
+    return _DIGITS.sub("#", message[:300])
+
+
+def _times(attempts: list[Attempt]) -> tuple[str | None, str | None, float | None]:
+    """First start, last end, and the seconds that the attempts which have ended cover together."""
+    spans = sorted((_seconds(attempt.started), _seconds(attempt.ended)) for attempt in attempts if attempt.ended)
+    covered = 0.0
+    until = float("-inf")
+    for start, end in spans:
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return (
+        min((attempt.started for attempt in attempts), default=None),
+        max((attempt.ended for attempt in attempts if attempt.ended), default=None),
+        round(covered, 3) if spans else None,
+    )
+
+
+def _seconds(moment: str | None) -> float:
+    return dt.datetime.fromisoformat(moment or "").timestamp()
