@@ -140,6 +140,8 @@ def _parse_any(line: bytes) -> Response:
     custom_id = fields.get("custom_id") if isinstance(fields, dict) else None
     if not isinstance(custom_id, str):
         raise UnreadableLine("not a JSON object with a custom_id")
+    if "method" in fields and "response" not in fields and "error" not in fields:
+        raise UnreadableLine("a request, not a response")
     returned, error = fields.get("response"), fields.get("error")
     if isinstance(returned, dict):
         status = _number(returned.get("status_code"))
@@ -281,10 +283,11 @@ def choose(candidates: list[tuple[int, Response]]) -> Chosen:
     latest = max(attempt for attempt, _ in answers)
     distinct: list[Response] = []
     for attempt, response in answers:
-        if attempt == latest and not any(_same(response, other) for other in distinct):
+        if attempt == latest and not any(same(response, other) for other in distinct):
             distinct.append(response)
     return Chosen(distinct[0], latest, distinct[1:])
 
 
-def _same(one: Response, other: Response) -> bool:
+def same(one: Response, other: Response) -> bool:
+    """Whether two answers say the same; their usage and ids may differ."""
     return one.verdict == other.verdict and one.answer == other.answer and one.message == other.message

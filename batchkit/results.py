@@ -24,7 +24,7 @@ _KEEPS_ANSWER = frozenset({*_MAY_PARSE, _REFUSED})
 class _Note(msgspec.Struct, gc=False):
     """The object `batchkit` of a result."""
 
-    custom_id: str
+    custom_id: str | None
     verdict: Verdict
     finish_reason: str | None
     usage: dict[str, Any] | None
@@ -99,7 +99,7 @@ class ResultEncoder:
 
 def _note(outcome: Outcome, verdict: Verdict, response: Response | None) -> _Note:
     note = _Note(
-        outcome.custom_id,
+        outcome.custom_id or None,
         verdict,
         response.finish_reason if response is not None else None,
         response.usage if response is not None else None,
