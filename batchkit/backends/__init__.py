@@ -1,0 +1,1 @@
+"""One module per backend. A backend knows its dialect and its limits, and nothing of rows or of merging."""

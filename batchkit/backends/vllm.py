@@ -1,0 +1,169 @@
+"""Local GPUs (or CPUs), through vLLM's own batch runner: one engine takes a file of requests and writes a file.
+
+It knows of files in a folder, not of rows, shards or runs: `input.jsonl` in, `output.jsonl` out, `log.txt` and
+`identity.json` beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from batchkit import processes
+from batchkit.backends import vllm_install
+from batchkit.backends.vllm_log import Cause, LogTail, find_cause
+from batchkit.errors import BatchkitError, EngineError, StorageError, UsageError
+
+INPUT, OUTPUT, LOG, IDENTITY = "input.jsonl", "output.jsonl", "log.txt", "identity.json"
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine ended. `ready`: it had come as far as taking requests, after `startup_seconds`.
+
+    The exit code alone does not tell a death: up to 0.32 run_batch ends with 0 when its engine process died, and
+    writes error lines for what was open.
+    """
+
+    exit_code: int
+    ready: bool
+    startup_seconds: float | None
+    seconds: float
+    cause: Cause
+    """Of no meaning where it ended well."""
+
+
+class Start:
+    """One running engine."""
+
+    def __init__(self, engine: processes.Engine, folder: Path, slot: int) -> None:
+        self._engine = engine
+        self._log = LogTail(folder / LOG)
+        self._began = time.monotonic()
+        self._startup: float | None = None
+        self.folder = folder
+        self.slot = slot
+
+    @property
+    def done(self) -> int:
+        """How many requests the engine says it has finished."""
+        return self._log.done
+
+    @property
+    def stage(self) -> str:
+        if self._log.ready:
+            return "running"
+        return (
+            f"{'loading the model' if self._log.loading else 'starting vLLM'}, {time.monotonic() - self._began:.0f} s"
+        )
+
+    def poll(self, seconds: float = 0.0) -> End | None:
+        """How it ended, None while it runs. Waits up to `seconds` for the end."""
+        code = self._engine.poll(seconds)
+        self._look()
+        return None if code is None else self._end(code)
+
+    def stop(self) -> End:
+        """End it now."""
+        code = self._engine.stop()
+        self._look()
+        return self._end(code)
+
+    def _look(self) -> None:
+        self._log.read()
+        if self._log.ready and self._startup is None:
+            self._startup = time.monotonic() - self._began
+
+    def _end(self, code: int) -> End:
+        return End(
+            exit_code=code,
+            ready=self._log.ready,
+            startup_seconds=self._startup,
+            seconds=time.monotonic() - self._began,
+            cause=find_cause(self.folder / LOG, code),
+        )
+
+
+class Vllm:
+    """The engines of one `submit`: up to `replicas` of them at a time, each on its own GPUs.
+
+    Raises `UsageError` for arguments that are batchkit's to set or more replicas than GPUs, `EngineError` where there
+    is no vLLM.
+    """
+
+    def __init__(self, *, model: str, replicas: int = 1, args: Sequence[str] = ()) -> None:
+        if replicas < 1:
+            raise UsageError("--replicas must be at least 1")
+        vllm_install.refuse_ours(args)
+        self.install = vllm_install.find_install()
+        self.replicas = replicas
+        self.args = tuple(args)
+        self.model = model
+        environment = vllm_install.own_environment()
+        gpus = [] if self.install.cpu else vllm_install.list_gpus(environment)
+        self._mib = min((gpu.mib for gpu in gpus), default=0)
+        self._groups = vllm_install.split_gpus(gpus, replicas, args)
+        self._environment = environment
+
+    @property
+    def streams(self) -> bool:
+        """Whether it reads and writes as it goes, so that one start can take any amount."""
+        return self.install.streams
+
+    def start(self, folder: Path, slot: int) -> Start:
+        """Start an engine on `folder/input.jsonl`, on the GPUs of `slot` (below `replicas`)."""
+        scratch = processes.make_scratch()
+        command = vllm_install.engine_command(
+            self.install,
+            source=folder / INPUT,
+            target=folder / OUTPUT,
+            model=self.model,
+            names=[self.model],
+            args=self.args,
+            mib=self._mib,
+        )
+        environment = vllm_install.engine_environment(
+            self.install,
+            base=self._environment,
+            scratch=scratch,
+            args=self.args,
+            gpus=self._groups[slot],
+            share=self.replicas,
+        )
+        engine = processes.start(
+            command, environment=environment, log=folder / LOG, identity=folder / IDENTITY, scratch=scratch
+        )
+        return Start(engine, folder, slot)
+
+    def explain(self, end: End) -> BatchkitError:
+        """The error for an engine that did not work, with the end of its own log."""
+        cause = end.cause
+        if cause.kind == "disk":
+            return StorageError(
+                f"the disk is full: vLLM says: {cause.text}",
+                hint="free some disk space and run the same command again: it goes on where it stopped",
+                detail=cause.tail,
+            )
+        said = {
+            "argument": f"vLLM {self.install.text} does not take the arguments given to it: {cause.text}",
+            "missing": "vLLM is not installed",
+            "model": f"vLLM cannot load the model {self.model}: {cause.text}",
+            "memory": f"vLLM ran out of memory: {cause.text}",
+        }
+        hints = {
+            "argument": "correct the arguments behind --",
+            "missing": "pip install 'batchkit-vlm[vllm]'",
+            "model": "prepare with --model as a folder that holds config.json, or a name on the model hub",
+            "memory": "give it less to hold, e.g. -- --max-model-len 4096 --gpu-memory-utilization 0.85",
+        }
+        when = "ended while it ran" if end.ready else "did not start"
+        message = said.get(cause.kind, f"vLLM {when}: {cause.text}")
+        return EngineError(message, hint=hints.get(cause.kind, "the end of vLLM's log is above"), detail=cause.tail)
+
+
+def end_left_over(folder: Path) -> bool:
+    """End the engine that worked in `folder` and whose batchkit has died. Returns whether it still ran."""
+    identity = processes.read_identity(folder / IDENTITY)
+    return identity is not None and processes.end_left_over(identity)

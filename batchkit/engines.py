@@ -1,0 +1,218 @@
+"""The engines of one `submit`, started, watched and collected by one loop in one thread.
+
+Engines run by themselves, so all there is to do is to start them, to look at their logs, and to divide their output
+when they end. `rounds` says how much one start takes, and how a request that kills the engine is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+
+import msgspec
+import psutil
+
+from batchkit import sessions
+from batchkit.backends import vllm
+from batchkit.errors import BatchkitError
+from batchkit.progress import Progress
+from batchkit.rounds import Group, Key, Pool, plan_room
+from batchkit.runs import Run, Seal
+from batchkit.work import Leases, SpeedFile, Work
+
+POLL_SECONDS = 0.25
+EXCUSE_SECONDS = 5.0
+
+
+class SubmitReport(msgspec.Struct, kw_only=True):
+    """What one `submit` did, and how the shards that it was for stand now, in requests.
+
+    `sent` counts sendings (a request that is sent again after the engine died counts again), `responses` what came
+    back, `passing` the failures among these that may pass when sent again. `remaining` have no response yet;
+    `unanswered` have one that is no answer, or were rejected by `prepare`. `starts` and `deaths` are the engine's.
+    """
+
+    sent: int = 0
+    responses: int = 0
+    passing: int = 0
+    remaining: int = 0
+    unanswered: int = 0
+    starts: int = 0
+    deaths: int = 0
+    seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """0 every row has an answer, 3 finished but some have none, 8 some are still to be sent."""
+        if self.remaining:
+            return 8
+        return 3 if self.unanswered else 0
+
+
+class _Active(msgspec.Struct, kw_only=True):
+    """One engine at work, with what it was given. `shown` is how much of it the progress has counted."""
+
+    start: vllm.Start
+    plan: sessions.Plan
+    group: Group
+    shown: int = 0
+
+
+class Engines:
+    """The engines of one `submit`, from the first start to the last collected line."""
+
+    def __init__(
+        self,
+        run: Run,
+        seals: dict[int, Seal],
+        *,
+        runner: vllm.Vllm,
+        work: Work,
+        leases: Leases,
+        report: SubmitReport,
+        progress: Progress,
+    ) -> None:
+        self._run = run
+        self._seals = seals
+        self._runner = runner
+        self._work = work
+        self._leases = leases
+        self._report = report
+        self._progress = progress
+        self._speed = SpeedFile(run, runner.args)
+        self._active: dict[int, _Active] = {}
+        self._excused = False
+
+    def go(self, pool: Pool) -> None:
+        """Until nothing is left that can be done now. `pool` gets its requests from `take_fresh`."""
+        self._pool = pool
+        try:
+            while self._fill() or self._active:
+                for slot in list(self._active):
+                    self._look(slot)
+        finally:
+            self._stop_all()
+
+    # -- starting
+
+    def take_fresh(self) -> list[Key]:
+        """Requests that were not sent in this submit, as many as one start should take."""
+        room = plan_room(
+            due=self._work.due,
+            speed=self._speed.known,
+            memory=psutil.virtual_memory().available,
+            disk=shutil.disk_usage(self._run.path).free,
+            streams=self._runner.streams,
+            replicas=self._runner.replicas,
+            idle=self._runner.replicas - len(self._active),
+        )
+        return self._work.take(room)
+
+    def _fill(self) -> bool:
+        """Give every idle slot something to do. Returns whether any was given."""
+        idle = [slot for slot in range(self._runner.replicas) if slot not in self._active]
+        return any([self._start(slot) for slot in idle])  # noqa: C419  # all of them, not until the first
+
+    def _start(self, slot: int) -> bool:
+        group = self._pool.take()
+        if group is None:
+            return False
+        plan = sessions.lay_down(self._run, self._seals, group.keys)
+        start = self._runner.start(self._run.engine_path(plan.session), slot)
+        self._active[slot] = _Active(start=start, plan=plan, group=group)
+        sessions.mark_running(self._run, plan)
+        self._report.starts += 1
+        self._report.sent += len(group.keys)
+        return True
+
+    # -- watching
+
+    def _look(self, slot: int) -> None:
+        active = self._active[slot]
+        end = active.start.poll(POLL_SECONDS / len(self._active))
+        if end is not None:
+            self._finish(slot, end)
+            return
+        done = min(active.start.done, len(active.group.keys))
+        self._progress.update(done - active.shown, note=active.start.stage)
+        active.shown = done
+
+    def _finish(self, slot: int, end: vllm.End) -> None:
+        active = self._active[slot]
+        found = self._collect(active, died=end.exit_code != 0, message=f"the engine died: {end.cause.text}")
+        del self._active[slot]
+        if self._did_not_start(end, found):
+            self._pool.give_back(active.group)
+            return
+        rest = [key for key in active.group.keys if key not in found.answered]
+        if found.died:
+            self._tell_death(end, len(rest))
+        else:
+            self._speed.measure(end, len(active.group.keys))
+        self._pool.report(active.group, rest=rest, answers=found.answers, died=found.died)
+        self._condemn(end)
+        self._leases.release_all_but(self._busy_shards())
+
+    def _collect(self, active: _Active, *, died: bool, message: str) -> sessions.Collected:
+        found = sessions.collect(self._run, active.plan, self._seals, died=died, message=message)
+        count = len(found.answered)
+        self._progress.update(count - active.shown, note="")
+        self._report.responses += count
+        self._report.remaining -= count
+        self._report.passing += found.passing
+        self._report.unanswered += count - found.answers
+        return found
+
+    def _did_not_start(self, end: vllm.End, found: sessions.Collected) -> bool:
+        """Whether the engine died before it came to its requests. Raises where another start would be of no use.
+
+        An engine that has worked before is excused once: a GPU's memory is free only some time after an engine's end.
+        """
+        if found.died and end.cause.kind == "disk":
+            raise self._runner.explain(end)
+        if end.exit_code == 0 or end.ready or found.answered or end.cause.kind == "request":
+            self._excused = False
+            return False
+        if self._excused or self._speed.known is None:
+            raise self._runner.explain(end)
+        self._excused = True
+        self._progress.say(f"vLLM did not start ({end.cause.text}), though it did before: once more")
+        time.sleep(EXCUSE_SECONDS)
+        return True
+
+    def _tell_death(self, end: vllm.End, rest: int) -> None:
+        self._report.deaths += 1
+        again = f"; {rest:,} requests of this start have no response" if rest else ""
+        self._progress.say(f"the engine died: {end.cause.text}{again}")
+
+    def _condemn(self, end: vllm.End) -> None:
+        for (shard, position), deaths in self._pool.condemned():
+            custom_id = self._run.read_ids(self._seals[shard])[position - self._seals[shard].start]
+            message = f"the engine died {deaths} times with this request, the last time alone"
+            sessions.condemn(self._run, shard, position, custom_id, message)
+            self._progress.say(f"gave up request {custom_id}: the engine died {deaths} times with it")
+            self._progress.update(1)
+            self._report.remaining -= 1
+            self._report.responses += 1
+            self._report.unanswered += 1
+        nothing_else = not self._active and not self._pool.shards() and self._work.is_empty
+        if self._pool.broken or (self._pool.doubtful and nothing_else):
+            raise self._runner.explain(end)
+
+    def _busy_shards(self) -> set[int]:
+        shards = self._pool.shards() | self._work.shards()
+        return shards.union(*({part.shard for part in active.plan.parts} for active in self._active.values()))
+
+    # -- ending
+
+    def _stop_all(self) -> None:
+        """However we leave: end the engines, and keep what they have written."""
+        left = list(self._active.values())
+        self._active = {}
+        for active in left:
+            active.start.stop()
+        for active in left:
+            # What cannot be written now, on a full disk, is still in the engine's folder for the next submit.
+            with contextlib.suppress(BatchkitError):
+                self._collect(active, died=True, message="batchkit was stopped")

@@ -1,0 +1,295 @@
+"""One engine start on the disk: `RUN/engine/<session>/`, from the plan to the responses.
+
+The order of the steps is what makes a kill between any two of them harmless:
+
+1. `plan.json`, then `input.jsonl`
+2. the attempts, `intended`, in the jobs
+3. the engine; its identity is on the disk before it begins
+4. the attempts, `running`
+5. the engine writes `output.jsonl`
+6. `responses/NNNNN.A.jsonl`, each whole, then its attempt, `collected` or `died`
+7. the folder is deleted
+
+A folder that is found later is taken up at step 6: what is in the output is divided as if the engine had just ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import xxhash
+
+from batchkit.backends import vllm
+from batchkit.errors import RunBusyError, RunError
+from batchkit.responses import ANSWERS, UnreadableLine, parse
+from batchkit.rounds import Key
+from batchkit.runs import Attempt, Run, Seal, as_ranges, now
+from batchkit.storage import open_read, sync_folder, write_whole
+
+BACKEND = "vllm"
+ABANDONED_SECONDS = 3600
+"""A folder without a plan belongs to a process that is making it, or died then: after an hour, to one that died."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What a start takes of one shard; `rows` are ranges of positions."""
+
+    shard: int
+    attempt: int
+    rows: list[tuple[int, int]]
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    session: str
+    parts: list[Part]
+
+
+class Collected(msgspec.Struct, kw_only=True):
+    """What came back: the lines that are responses, and what they say.
+
+    `answered` are the requests with a response of any kind, `answers` how many of these are answers, `passing` how
+    many failures may pass when sent again. `died`: lines said that the engine died.
+    """
+
+    answered: set[Key]
+    answers: int = 0
+    passing: int = 0
+    died: bool = False
+
+
+class Recovered(msgspec.Struct, kw_only=True):
+    """What an earlier batchkit left: `engines` still ran."""
+
+    sessions: int = 0
+    engines: int = 0
+    responses: int = 0
+
+
+# -- before the engine -----------------------------------------------------------------------------------------------
+
+
+def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key]) -> Plan:
+    """Steps 1 and 2: the plan, the input, the intent. The shards' leases are held."""
+    session = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    rows: dict[int, list[int]] = {}
+    for shard, position in sorted(keys):
+        rows.setdefault(shard, []).append(position)
+    parts = [
+        Part(shard=shard, attempt=_next_attempt(run, shard), rows=as_ranges(positions))
+        for shard, positions in rows.items()
+    ]
+    plan = Plan(session=session, parts=parts)
+    folder = run.engine_path(session)
+    folder.mkdir(parents=True)
+    with write_whole(folder / "plan.json", durable=True) as stream:
+        stream.write(msgspec.json.encode(plan))
+    sync_folder(folder.parent)
+    with write_whole(folder / vllm.INPUT) as stream:
+        for part in parts:
+            for line in _requests(run, seals[part.shard], part.rows):
+                stream.write(line)
+    for part in parts:
+        job = run.job(part.shard)
+        job.attempts.append(
+            Attempt(
+                number=part.attempt, backend=BACKEND, state="intended", rows=part.rows, started=now(), session=session
+            )
+        )
+        run.write_job(job)
+    return plan
+
+
+def mark_running(run: Run, plan: Plan) -> None:
+    """Step 4."""
+    for part in plan.parts:
+        _mark(run, plan, part, "running", None)
+
+
+def _next_attempt(run: Run, shard: int) -> int:
+    numbers = [attempt.number for attempt in run.job(shard).attempts]
+    numbers += [number for number, _ in run.responses_paths(shard)]
+    return max(numbers, default=0) + 1
+
+
+def _requests(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """The lines of some rows of a shard. Raises `RunError` where the file is not the one that was sealed."""
+    rejected = {rejection.position for rejection in seal.rejected}
+    sent = (position for position in range(seal.start, seal.end) if position not in rejected)
+    wanted = {position for start, end in rows for position in range(start, end)}
+    path, digest = run.requests_path(seal.shard), xxhash.xxh3_128()
+    with open_read(str(path)) as stream:
+        for line in stream:
+            digest.update(line)
+            if next(sent, None) in wanted:
+                yield line
+    if digest.hexdigest() != seal.requests_checksum:
+        raise RunError(
+            f"{path}: is not what prepare wrote: its checksum differs",
+            hint=f"delete {path.with_suffix('.json')} and prepare again: it makes the shard anew",
+        )
+
+
+# -- after the engine ------------------------------------------------------------------------------------------------
+
+
+def collect(run: Run, plan: Plan, seals: Mapping[int, Seal], *, died: bool, message: str) -> Collected:
+    """Steps 6 and 7: divide the output among the shards, and close the attempts.
+
+    `died`: the engine is known to have ended early, for which `message` is the reason; lines that say so have the same
+    effect. May be called again after
+    a kill at any point.
+    """
+    folder = run.engine_path(plan.session)
+    index = _index(run, plan, seals)
+    found = Collected(answered=set(), died=died)
+    places: dict[int, list[tuple[int, int]]] = {part.shard: [] for part in plan.parts}
+    output = folder / vllm.OUTPUT
+    for offset, line in _whole_lines(output):
+        shard = _judge(line, index, found, plan)
+        if shard is not None:
+            places[shard].append((offset, len(line)))
+    for part in plan.parts:
+        if places[part.shard]:
+            _copy(output, places[part.shard], run.responses_path(part.shard, part.attempt))
+        _mark(run, plan, part, "died" if found.died else "collected", message if found.died else None)
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def condemn(run: Run, shard: int, position: int, custom_id: str, message: str) -> None:
+    """Give a request up: write the failure that the engine could not, as the response of its last attempt."""
+    job = run.job(shard)
+    attempt = next(a for a in reversed(job.attempts) if any(start <= position < end for start, end in a.rows))
+    line = {"custom_id": custom_id, "response": None, "error": {"code": "engine_died", "message": message}}
+    with write_whole(run.responses_path(shard, attempt.number), durable=True) as stream:
+        stream.write(msgspec.json.encode(line) + b"\n")
+    attempt.state, attempt.message = "collected", message
+    run.write_job(job)
+
+
+def _index(run: Run, plan: Plan, seals: Mapping[int, Seal]) -> dict[str, Key]:
+    """The custom_ids that were asked → shard and position."""
+    index: dict[str, Key] = {}
+    for part in plan.parts:
+        seal = seals[part.shard]
+        ids = run.read_ids(seal)
+        rejected = {rejection.position for rejection in seal.rejected}
+        for start, end in part.rows:
+            for position in range(start, end):
+                if position not in rejected:
+                    index[ids[position - seal.start]] = (part.shard, position)
+    return index
+
+
+def _judge(line: bytes, index: Mapping[str, Key], found: Collected, plan: Plan) -> int | None:
+    """Count one line; the shard whose response it is, None where it is none."""
+    try:
+        response = parse(line)
+    except UnreadableLine:
+        return plan.parts[0].shard  # whatever it is: kept, and counted by merge
+    if response.engine_died:
+        found.died = True
+        return None
+    key = index.get(response.custom_id)
+    if key is None:
+        return plan.parts[0].shard
+    found.answered.add(key)
+    found.answers += response.verdict in ANSWERS
+    found.passing += response.passing
+    return key[0]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Offsets and lines, without blank ones, and without a last one that a kill has cut in half."""
+    if not path.exists():
+        return
+    offset = 0
+    with open_read(str(path)) as stream:
+        for line in stream:
+            bare = line.rstrip(b"\r\n")
+            if bare.strip() and (line.endswith(b"\n") or _is_whole(bare)):
+                yield offset, bare
+            offset += len(line)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        parse(line)
+    except UnreadableLine:
+        return False
+    return True
+
+
+def _copy(source: Path, places: Sequence[tuple[int, int]], target: Path) -> None:
+    with open_read(str(source)) as stream, write_whole(target, durable=True) as out:
+        for offset, length in places:
+            stream.seek(offset)
+            out.write(stream.read(length) + b"\n")
+
+
+def _mark(
+    run: Run, plan: Plan, part: Part, state: Literal["running", "collected", "died"], message: str | None
+) -> None:
+    job = run.job(part.shard)
+    for attempt in job.attempts:
+        if attempt.session == plan.session and attempt.state in ("intended", "running"):
+            attempt.state, attempt.message = state, message
+            attempt.ended = None if state == "running" else now()
+            run.write_job(job)
+
+
+# -- what an earlier batchkit left -----------------------------------------------------------------------------------
+
+
+def recover(run: Run, seals: Mapping[int, Seal]) -> Recovered:
+    """End engines whose batchkit has died, and collect what they answered. Sessions that are worked on stay alone."""
+    counts = Recovered()
+    root = run.path / "engine"
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        plan = _read_plan(folder) if folder.is_dir() else None
+        if plan is not None:
+            with contextlib.suppress(RunBusyError), _leases(run, plan):
+                counts.sessions += 1
+                _recover_one(run, plan, seals, counts)
+    return counts
+
+
+def _recover_one(run: Run, plan: Plan, seals: Mapping[int, Seal], counts: Recovered) -> None:
+    folder = run.engine_path(plan.session)
+    counts.engines += vllm.end_left_over(folder)
+    if (folder / vllm.IDENTITY).exists():
+        found = collect(run, plan, seals, died=True, message="batchkit ended before the engine did")
+        counts.responses += len(found.answered)
+        return
+    for part in plan.parts:  # nothing was sent: the intent is all there was
+        job = run.job(part.shard)
+        kept = [attempt for attempt in job.attempts if attempt.session != plan.session]
+        if len(kept) < len(job.attempts):
+            job.attempts = kept
+            run.write_job(job)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _leases(run: Run, plan: Plan) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for part in plan.parts:
+            stack.enter_context(run.lease(f"{part.shard:05d}"))
+        yield
+
+
+def _read_plan(folder: Path) -> Plan | None:
+    try:
+        return msgspec.json.decode((folder / "plan.json").read_bytes(), type=Plan)
+    except OSError:
+        if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None

@@ -1,0 +1,147 @@
+"""The second stage: requests → backend → responses.
+
+`work` says what is due, `engines` runs it, `sessions` keeps what comes back, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from batchkit import sessions
+from batchkit.backends import vllm
+from batchkit.engines import Engines, SubmitReport
+from batchkit.errors import RunError, UsageError
+from batchkit.progress import Progress, Silent
+from batchkit.responses import Verdict
+from batchkit.rounds import Pool
+from batchkit.runs import Run, Seal
+from batchkit.work import Leases, Scan, Work
+
+BACKENDS = ("vllm",)
+
+
+def submit(
+    run: Run | str | Path,
+    *,
+    backend: str | None = None,
+    limit: int | None = None,
+    shards: str | None = None,
+    attempts: int = 3,
+    retry: frozenset[Verdict] = frozenset(),
+    replicas: int = 1,
+    engine_args: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> SubmitReport:
+    """Send what has no response yet, and wait for the responses. Again: goes on where it stopped.
+
+    `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
+    eighth shard, from the third on. `attempts` bounds how often a request is tried that failed in passing or with
+    which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM.
+
+    Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
+    `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `UsageError`.
+    """
+    began = time.monotonic()
+    run = run if isinstance(run, Run) else Run.open(run)
+    backend = backend or run.manifest.backend
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}", hint=f"--backend {'|'.join(BACKENDS)}")
+    if attempts < 1 or (limit is not None and limit < 0):
+        raise UsageError("--attempts must be at least 1, and --limit no less than 0")
+    progress = progress or Silent()
+    seals = _sealed(run, progress)
+    chosen = _select(list(seals.values()), shards)
+    runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
+    _tell_recovered(sessions.recover(run, seals), progress)
+    scan = Scan(run, chosen, attempts=attempts, retry=retry)
+    report = SubmitReport(remaining=scan.due, unanswered=scan.unanswered)
+    with Leases(run) as leases, _terminable():
+        work = Work(run, scan, leases, limit=limit, attempts=attempts, retry=retry)
+        progress.grow(work.due)
+        engines = Engines(run, seals, runner=runner, work=work, leases=leases, report=report, progress=progress)
+        engines.go(Pool(engines.take_fresh, attempts=attempts, proven=scan.answered))
+        if work.busy is not None and not report.sent:
+            raise work.busy
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def responses_count(run: Run | str | Path) -> int:
+    """How many responses `discard` would delete."""
+    run = run if isinstance(run, Run) else Run.open(run)
+    count = 0
+    for seal in run.seals():
+        for _, path in run.responses_paths(seal.shard):
+            with open(path, "rb") as stream:
+                count += sum(1 for _ in stream)
+    return count
+
+
+def discard(run: Run | str | Path) -> int:
+    """Delete all attempts and responses, so that everything is pending again. Returns how many responses went.
+
+    Raises `RunBusyError`, having deleted nothing, where a shard is being worked on.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    seals = {seal.shard: seal for seal in run.seals()}
+    for shard in seals:
+        with run.lease(f"{shard:05d}"):
+            pass
+    sessions.recover(run, seals)  # ends engines that were left over
+    count = responses_count(run)
+    for shard in seals:
+        with run.lease(f"{shard:05d}"):
+            for _, path in run.responses_paths(shard):
+                path.unlink()
+            run.job_path(shard).unlink(missing_ok=True)
+    return count
+
+
+def _sealed(run: Run, progress: Progress) -> dict[int, Seal]:
+    seals = {seal.shard: seal for seal in run.seals()}
+    if run.prepared() is None:
+        if not seals:
+            raise RunError(f"{run.path}: nothing is prepared yet", hint="run the same batchkit prepare again")
+        progress.say(f"warning: prepare has not finished; submitting the {len(seals)} shards that it sealed")
+    return seals
+
+
+def _select(seals: list[Seal], shards: str | None) -> list[Seal]:
+    """Part I of N ("I/N"): every N-th shard, so that the parts are alike however the rows are sorted."""
+    if shards is None:
+        return seals
+    found = re.fullmatch(r"(\d+)/(\d+)", shards)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--shards {shards}: not a part of the run", hint="--shards 3/8 is the third part of eight")
+    return seals[int(found[1]) - 1 :: int(found[2])]
+
+
+def _tell_recovered(recovered: sessions.Recovered, progress: Progress) -> None:
+    if recovered.engines:
+        progress.say(f"stopped {recovered.engines} engine(s) that an earlier batchkit left behind")
+    if recovered.responses:
+        progress.say(f"kept {recovered.responses:,} responses of an engine that was interrupted")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM end us as Ctrl-C does, with everything cleaned up. Handlers belong to the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
