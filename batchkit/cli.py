@@ -248,6 +248,7 @@ def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
 @main.command("submit")
 @click.argument("run")
 @click.option("--backend", type=click.Choice(["vllm"]), help="Who answers. [default: the one it was prepared for]")
+@pilot_option
 @submit_options
 @click.option("--resume/--no-resume", default=True, help="--no-resume throws away all responses so far, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
