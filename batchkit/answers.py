@@ -176,7 +176,10 @@ _SAID = re.compile(
     r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would be|should be|must be))?\s*[:=]?|\\boxed\{)"
     rf"{_OPEN}(?i:(?:option|choice)\s+)?{_OPEN}([A-Za-z]){_NOT_WORD}{_NOT_ARTICLE}{_NOT_DENIED}{_CLOSE}"
 )
-_LEADS = re.compile(r"[*_\"'`]*(?:[(\[]([A-Z])[)\]]|([A-Z])(?:[*_\"'`]*[).:,]|\s+[-–—]\s|[*_\"'`]*\s*(?:\n|$)))")
+_LEADS = re.compile(
+    r"[*_\"'`]*(?:[(\[]([A-Z])[)\]]|([A-Z])(?:[*_\"'`]*[).:,]|\s+[-–—]\s|[*_\"'`]*\s*(?:\n|$)))"
+    r"(?!\s+(?:and|or)\b|(?<=,)\s*[A-Z]\b)"  # two choices are none
+)
 _SET_OFF = re.compile(r"\(([A-Z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\[([A-Z])\]")
 _ALONE = re.compile(rf"(?<![\w'’])([A-HJ-Z]){_NOT_WORD}{_NOT_ARTICLE}")
 SHORT = 60
