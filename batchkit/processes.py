@@ -167,8 +167,8 @@ def end_left_over(identity: Identity) -> bool:
     """
     found = start_time(identity.pid)
     left = members(identity.pid) if found in (None, identity.started) else []
-    if found is None:
-        left = [pid for pid in left if _bears(pid, identity)]
+    if found is None and not any(_bears(pid, identity) for pid in left):
+        left = []
     if left:
         end_session(identity.pid, GRACE_SECONDS)
     shutil.rmtree(identity.scratch, ignore_errors=True)
@@ -176,7 +176,10 @@ def end_left_over(identity: Identity) -> bool:
 
 
 def _bears(pid: int, identity: Identity) -> bool:
-    """Whether a process whose session leader is gone was started with the engine's scratch folder."""
+    """Whether a process was started with the engine's mark, and so its session too.
+
+    Not every member shows it: a process that gives itself a title, as vLLM's do, overwrites its environment.
+    """
     try:
         return f"{MARK}={identity.scratch}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
