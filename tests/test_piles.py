@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchkit import piles, spills
+from batchkit.errors import InputError, UsageError
+from batchkit.piles import merge_pile
+from batchkit.summaries import Summary
+from tests.made_runs import failure_line, response_line
+from tests.shapes import SHAPES
+
+
+def write_lines(path: Path, lines: list[bytes], *, torn: bytes = b"") -> Path:
+    content = b"".join(line + b"\n" for line in lines) + torn
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def results_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def counts(summary: Summary) -> dict[str, int]:
+    return {str(verdict): count for verdict, count in summary.verdicts.items() if count}
+
+
+def verdicts_of(path: Path) -> list[str]:
+    return [result["batchkit"]["verdict"] for result in results_of(path)]
+
+
+@pytest.fixture(params=["in memory", "in many partitions"])
+def partitioned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough for one partition, and so divided that files are merged in several levels."""
+    if request.param == "in many partitions":
+        monkeypatch.setattr(piles, "PARTITION_BYTES", 300)
+        monkeypatch.setattr(spills, "BUFFERED_BYTES", 2000)
+        monkeypatch.setattr(spills, "MAX_OPEN", 5)
+
+
+def test_a_pile_of_every_shape_with_cut_lines_duplicates_and_strangers_is_counted_exactly(
+    tmp_path: Path, partitioned: None
+) -> None:
+    names = [shape.name for shape in SHAPES]
+    rows = [b'{"id":"%b","n":%d}' % (name.encode(), number) for number, name in enumerate(names)]
+    rows += [
+        b'{"id":"twice"}',
+        b'{"id":"torn"}',
+        b'{"id":"split"}',
+        b'{"id":"nobody"}',
+        b'{"id":"twice"}',
+        b'{"n":1}',
+        b"{bad",
+        b"[1]",
+    ]
+    tasks = write_lines(tmp_path / "tasks.jsonl", [*rows[:3], b"", *rows[3:]])
+    lines = [shape.of(shape.name) for shape in SHAPES]
+    random.Random(7).shuffle(lines)
+    good, bad = lines[::2], lines[1::2]
+    twice = response_line("twice", "same")
+    write_lines(tmp_path / "output-1.jsonl", [*good, twice, b"", *good], torn=response_line("torn", "x")[:80])
+    write_lines(
+        tmp_path / "output-2.jsonl.gz",
+        [response_line("split", "x"), twice, b"\x00\x00", response_line("stranger", "x"), b'{"no":"id"}'],
+    )
+    write_lines(
+        tmp_path / "errors.jsonl",
+        [*bad, failure_line("twice", 500, "late"), response_line("split", "y"), response_line("nobody ", "x")],
+    )
+    output = tmp_path / "results.jsonl"
+    summary = merge_pile(tasks, [str(tmp_path / "output-*"), tmp_path / "errors.jsonl"], output=output)
+
+    expected = (
+        [shape.verdict for shape in SHAPES] + ["answered", "missing", "conflicting", "missing"] + ["rejected"] * 4
+    )
+    assert verdicts_of(output) == expected
+    assert counts(summary) == {verdict: expected.count(verdict) for verdict in set(expected)}
+    assert (summary.rows, summary.unexpected, summary.unreadable) == (len(rows), 2, 3)
+    assert len((tmp_path / "unexpected.jsonl").read_bytes().split(b"\n")) == 6
+    for row, line in zip(rows, output.read_bytes().split(b"\n"), strict=False):
+        if row not in (b"{bad", b"[1]"):
+            assert line.startswith(row[:-1])
+    for shape, result in zip(SHAPES, results_of(output), strict=False):
+        if shape.verdict in ("answered", "truncated", "refused"):
+            assert result["raw_response"] == shape.answer
+    errors = [result["error"] for result in results_of(output)[-4:]]
+    assert errors[0] == f"{tasks}:{len(rows) - 2}: the same id as line {len(SHAPES) + 2}: twice"
+    assert errors[1] == f"{tasks}:{len(rows) - 1}: id field 'id' is missing"
+    assert errors[2].startswith(f"{tasks}:{len(rows)}: not valid JSON")
+    assert errors[3].startswith(f"{tasks}:{len(rows) + 1}: not a JSON object")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_row_order_is_kept_and_partitions_change_nothing(tmp_path: Path, partitioned: None) -> None:
+    count = 400
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":%d}' % number for number in range(count)])
+    lines = [response_line(str(number), f"answer {number}") for number in range(count) if number % 7]
+    random.Random(1).shuffle(lines)
+    write_lines(tmp_path / "out.jsonl", lines)
+    merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert [result["raw_response"] for result in results_of(tmp_path / "results.jsonl")] == [
+        f"answer {number}" if number % 7 else None for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "custom_id"),
+    [
+        (b'{"id":"a b"}', ["id"], "a b"),
+        (b'{"id":17}', ["id"], "17"),
+        (b'{"id":1.50}', ["id"], "1.50"),
+        (b'{"id":1e3}', ["id"], "1e3"),
+        (b'{"id":true}', ["id"], "true"),
+        (b'{"id":"\\u00e9"}', ["id"], "é"),
+        (b'{"doc":"a","page":3}', ["doc", "page"], "a|3"),
+    ],
+)
+def test_the_custom_id_is_the_text_of_the_id_fields(
+    tmp_path: Path, row: bytes, fields: list[str], custom_id: str
+) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [row])
+    write_lines(tmp_path / "out.jsonl", [response_line(custom_id, "x")])
+    summary = merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl", id_fields=fields)
+    assert counts(summary) == {"answered": 1}
+    assert summary.exit_code == 0
+
+
+def test_the_separator_of_id_fields_can_be_chosen(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"doc":"a","page":3}'])
+    write_lines(tmp_path / "out.jsonl", [response_line("a-p3", "x")])
+    summary = merge_pile(
+        tasks,
+        [tmp_path / "out.jsonl"],
+        output=tmp_path / "results.jsonl",
+        id_fields=["doc", "page"],
+        id_separator="-p",
+    )
+    assert counts(summary) == {"answered": 1}
+
+
+@pytest.mark.parametrize("row", [b'{"id":null}', b'{"id":[1]}', b'{"id":{}}', b'{"ID":1}', b'{"id":NaN}', b"7"])
+def test_a_row_without_a_usable_id_is_rejected_with_its_place(tmp_path: Path, row: bytes) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}', row])
+    write_lines(tmp_path / "out.jsonl", [response_line("a", "x")])
+    summary = merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert counts(summary) == {"answered": 1, "rejected": 1}
+    assert results_of(tmp_path / "results.jsonl")[1]["error"].startswith(f"{tasks}:2: ")
+    assert summary.exit_code == 3
+
+
+def test_rows_without_an_answer_go_into_a_task_file(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id": 1}', b'{"id": 2}', b'{"id": 3}'])
+    write_lines(tmp_path / "out.jsonl", [response_line("2", "x"), failure_line("3", 400, "no")])
+    merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl", retry_file=tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == b'{"id": 1}\n{"id": 3}\n'
+
+
+def test_answers_are_parsed_and_fields_prefixed_as_for_a_run(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":1,"model":"mine"}'])
+    write_lines(tmp_path / "out.jsonl", [response_line("1", "It is 4.")])
+    with pytest.raises(UsageError, match="'model' already"):
+        merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl", parse="number", prefix="x_")
+    result = results_of(tmp_path / "results.jsonl")[0]
+    assert (result["model"], result["x_model"], result["x_parsed_answer"]) == ("mine", "m", 4)
+
+
+def test_a_pattern_means_neither_the_task_file_nor_what_a_merge_wrote(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
+    write_lines(tmp_path / "out.jsonl", [response_line("a", "x"), b"garbage"])
+    for _ in range(2):
+        summary = merge_pile(tasks, [tmp_path / "*.jsonl"], output=tmp_path / "results.jsonl")
+        assert (summary.unexpected, summary.unreadable) == (0, 1)
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
+    write_lines(tmp_path / "out.jsonl", [response_line("stranger", "x")])
+    summary = merge_pile(tasks, [tmp_path / "out.jsonl", tmp_path / "o*"], output=tmp_path / "results.jsonl")
+    assert summary.unexpected == 1
+
+
+def test_requests_among_the_responses_are_not_taken_for_failures(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
+    request = b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m"}}'
+    write_lines(tmp_path / "out.jsonl", [request])
+    summary = merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert (counts(summary), summary.unreadable) == ({"missing": 1}, 1)
+
+
+def test_files_that_are_missing_and_outputs_that_are_inputs_are_refused(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
+    out = write_lines(tmp_path / "out.jsonl", [])
+    with pytest.raises(InputError, match="no such file"):
+        merge_pile(tasks, [tmp_path / "none-*.jsonl"], output=tmp_path / "results.jsonl")
+    with pytest.raises(InputError, match="no such file"):
+        merge_pile(tmp_path / "none.jsonl", [out], output=tmp_path / "results.jsonl")
+    for output in (tasks, out):
+        with pytest.raises(UsageError, match="would overwrite"):
+            merge_pile(tasks, [out], output=output)
+    with pytest.raises(UsageError, match="need a name"):
+        merge_pile(tasks, [out])
+    assert tasks.read_bytes() == b'{"id":"a"}\n'
+
+
+def test_one_response_repeated_endlessly_takes_no_memory(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
+    write_lines(tmp_path / "out.jsonl", [failure_line("a", 500, "x" * 20_000)] * 1500)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    summary = merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert counts(summary) == {"failed": 1}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 25_000  # of 30 MB of lines
