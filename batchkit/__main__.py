@@ -2,4 +2,5 @@
 
 from batchkit.cli import main
 
-main(prog_name="batchkit")
+if __name__ == "__main__":
+    main(prog_name="batchkit")

@@ -6,15 +6,13 @@ Results go to stdout or files, all else to stderr. Only click is imported here: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from batchkit import __version__
+from batchkit.cli_options import merge_options, pilot_option, prepare_options, submit_options
 from batchkit.errors import BatchkitError, UsageError
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 """The shell's code for a process ended by SIGINT (128 + 2)."""
@@ -65,126 +63,6 @@ def main() -> None:
     Exit codes: 0 done, every row has an answer; 1 error; 2 usage; 3 finished, but some rows have no answer; 8 rows are
     still pending; 130 interrupted.
     """
-
-
-def add_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order given."""
-
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-prepare_options = add_options(
-    click.option("--model", help="The model, as the backend calls it: a name, or a directory for vLLM."),
-    click.option(
-        "--backend",
-        type=click.Choice(["vllm"]),
-        default="vllm",
-        show_default=True,
-        help="Whose limits the shards keep to.",
-    ),
-    click.option(
-        "--input-format",
-        type=click.Choice(["auto", "jsonl", "batch"]),
-        default="auto",
-        show_default=True,
-        help="batch: rows that are requests in OpenAI batch format; they are kept as they are.",
-    ),
-    click.option(
-        "--image-field",
-        multiple=True,
-        metavar="FIELD",
-        help="Field with an image's path, or a list of paths. Repeatable: the images come in this order. "
-        "[default: image, where a row has it]",
-    ),
-    click.option(
-        "--question-field", default="question", show_default=True, metavar="FIELD", help="Field with the question."
-    ),
-    click.option("--id-fields", metavar="A,B", help="Fields that identify a row. [default: id, where a row has it]"),
-    click.option(
-        "--prompt-template",
-        metavar="TEXT|@FILE",
-        help="Jinja2 over the row's fields, for example 'Is this a {{ kind }}? {{ question }}'.",
-    ),
-    click.option("--system-prompt", metavar="TEXT|@FILE", help="Goes before every question."),
-    click.option("--image-root", metavar="DIR", help="Relative image paths start here. [default: beside TASKS]"),
-    click.option("--start", type=click.IntRange(0), default=0, help="Position of the first row, from 0."),
-    click.option("--end", type=click.IntRange(0), help="Position behind the last row."),
-    click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Longest answer."),
-    click.option(
-        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest answer."
-    ),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
-    click.option("--seed", type=int, help="For repeatable sampling, where the backend has it."),
-    click.option("--reasoning-effort", metavar="LEVEL", help="For models that take it: low, medium, high."),
-    click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
-    click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
-    click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Shrink images to this area."),
-    click.option(
-        "--image-format",
-        type=click.Choice(["keep", "jpeg", "png", "webp"]),
-        default="keep",
-        show_default=True,
-        help="Re-encode images that are of another format.",
-    ),
-    click.option(
-        "--image-quality",
-        type=click.IntRange(1, 100),
-        default=90,
-        show_default=True,
-        help="Of images that are re-encoded as JPEG or WebP.",
-    ),
-    click.option("--image-detail", type=click.Choice(["auto", "low", "high"]), help="The detail key of image_url."),
-    click.option(
-        "--on-bad-image",
-        type=click.Choice(["reject", "text-only"]),
-        default="reject",
-        show_default=True,
-        help="What becomes of a row whose image is missing or broken.",
-    ),
-    click.option("--max-requests", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
-    click.option("--max-bytes", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
-    click.option("--workers", type=click.IntRange(1), help="Processes. Never changes the result. [default: the cores]"),
-    click.option("--strict", is_flag=True, help="Stop at the first row that cannot become a request."),
-)
-
-pilot_option = click.option(
-    "--limit", "pilot", type=click.IntRange(1), metavar="N", help="A pilot: send only N requests now."
-)
-
-submit_options = add_options(
-    click.option("--shards", metavar="I/N", help="Work on the I-th of N parts of the run only, for example 3/8."),
-    click.option(
-        "--attempts",
-        type=click.IntRange(1),
-        default=3,
-        show_default=True,
-        help="How often a request that fails in passing is sent in all.",
-    ),
-    click.option(
-        "--retry",
-        metavar="VERDICTS",
-        help="Send rows with these verdicts again, too: failed,truncated,refused,invalid…",
-    ),
-    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
-)
-
-merge_options = add_options(
-    click.option("-o", "--output", metavar="FILE", help="Where the results go. [default: RUN/results.jsonl]"),
-    click.option(
-        "--parse",
-        default="text",
-        show_default=True,
-        metavar="HOW",
-        help="parsed_answer: text, json, choice, number or regex:PATTERN.",
-    ),
-    click.option("--prefix", default="", metavar="TEXT", help="Put before the names of the fields that a result adds."),
-    click.option("--retry-file", metavar="FILE", help="Rows without an answer. [default: RUN/retry.jsonl]"),
-)
 
 
 @main.command("prepare")
@@ -253,8 +131,7 @@ def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
 @click.option("--resume/--no-resume", default=True, help="--no-resume throws away all responses so far, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
-def submit_command(ctx: click.Context, run: str, backend: str | None, resume: bool, yes: bool, **options: Any) -> None:
+def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **options: Any) -> None:
     """Send the requests of RUN that have no response yet.
 
     With vLLM, arguments behind -- go to the engine as they are. Whatever it had finished when it was stopped or killed
@@ -272,7 +149,7 @@ def submit_command(ctx: click.Context, run: str, backend: str | None, resume: bo
         report = submission.submit(run, backend=backend, progress=progress, **_submit_keywords(options))
     _tell_submitted(report)
     click.echo(f"\nnext: batchkit {'submit' if report.remaining else 'merge'} {run}", err=True)
-    ctx.exit(report.exit_code)
+    sys.exit(report.exit_code)
 
 
 def _discard(run: str, *, yes: bool) -> None:
@@ -320,9 +197,7 @@ def _tell_submitted(report: Any) -> None:
 )
 @click.option("--id-separator", default="|", show_default=True, help="Joins the values of several id fields.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-@click.pass_context
 def merge_command(
-    ctx: click.Context,
     *,
     run: str | None,
     tasks: str | None,
@@ -364,7 +239,7 @@ def merge_command(
                 **options,
             )
     _tell_merged(summary, as_json=as_json)
-    ctx.exit(summary.exit_code)
+    sys.exit(summary.exit_code)
 
 
 def _tell_merged(summary: Any, *, as_json: bool = False) -> None:
@@ -388,8 +263,7 @@ def _tell_merged(summary: Any, *, as_json: bool = False) -> None:
 @submit_options
 @merge_options
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
-def run_command(ctx: click.Context, tasks: str, run: str, **options: Any) -> None:
+def run_command(tasks: str, run: str, **options: Any) -> None:
     """Prepare, submit and merge in one. Again, it goes on where it stopped.
 
     \b
@@ -408,14 +282,13 @@ def run_command(ctx: click.Context, tasks: str, run: str, **options: Any) -> Non
         **_prepare_keywords(options),
     )
     _tell_merged(summary)
-    ctx.exit(summary.exit_code)
+    sys.exit(summary.exit_code)
 
 
 @main.command("status")
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON on stdout.")
-@click.pass_context
-def status_command(ctx: click.Context, run: str, as_json: bool) -> None:
+def status_command(run: str, as_json: bool) -> None:
     """Say where RUN stands: shards, requests, what has come back.
 
     \b
@@ -430,7 +303,7 @@ def status_command(ctx: click.Context, run: str, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(status), indent=2))
     else:
         click.echo(reporting.as_text(status))
-    ctx.exit(status.exit_code)
+    sys.exit(status.exit_code)
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,9 +12,9 @@ from batchkit.preparation import Report, prepare
 from batchkit.progress import Console, Silent
 
 if TYPE_CHECKING:
+    from batchkit.engines import SubmitReport
     from batchkit.merging import Summary
     from batchkit.responses import Verdict
-    from batchkit.submission import SubmitReport
 
 Show = Callable[[str], AbstractContextManager[Console | Silent]]
 """Gives the progress of a stage by its name."""

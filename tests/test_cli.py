@@ -49,7 +49,7 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme(name: s
     assert f"batchkit {name}" in command.help
     assert f"batchkit {name}" in README.read_text("utf-8")
     for parameter in command.params:
-        assert isinstance(parameter, click.Argument) or parameter.help, parameter.name  # type: ignore[attr-defined]
+        assert isinstance(parameter, click.Argument) or parameter.help, parameter.name
 
 
 def test_a_mistake_is_one_error_a_blank_line_and_a_hint(tmp_path: Path) -> None:

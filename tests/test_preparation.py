@@ -226,7 +226,8 @@ def test_slices_keep_the_positions_of_the_file(
 ) -> None:
     rows: list[dict[str, Any] | bytes] = [{"question": str(number)} for number in range(7)]
     rows.insert(1, b"  ")
-    preparation.prepare(write_tasks(rows), tmp_path / "run", model="m", max_requests=2, **keywords)
+    options: PrepareKeywords = {**keywords, "model": "m", "max_requests": 2}
+    preparation.prepare(write_tasks(rows), tmp_path / "run", **options)
     made = requests(tmp_path / "run")
     assert [int(request["custom_id"].partition("-")[0]) for request in made] == positions
     assert [request["body"]["messages"][0]["content"] for request in made] == [str(number) for number in positions]

@@ -1,0 +1,130 @@
+"""The options of the commands, in groups: `run` has those of three verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def add_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+prepare_options = add_options(
+    click.option("--model", help="The model, as the backend calls it: a name, or a directory for vLLM."),
+    click.option(
+        "--backend",
+        type=click.Choice(["vllm"]),
+        default="vllm",
+        show_default=True,
+        help="Whose limits the shards keep to.",
+    ),
+    click.option(
+        "--input-format",
+        type=click.Choice(["auto", "jsonl", "batch"]),
+        default="auto",
+        show_default=True,
+        help="batch: rows that are requests in OpenAI batch format; they are kept as they are.",
+    ),
+    click.option(
+        "--image-field",
+        multiple=True,
+        metavar="FIELD",
+        help="Field with an image's path, or a list of paths. Repeatable: the images come in this order. "
+        "[default: image, where a row has it]",
+    ),
+    click.option(
+        "--question-field", default="question", show_default=True, metavar="FIELD", help="Field with the question."
+    ),
+    click.option("--id-fields", metavar="A,B", help="Fields that identify a row. [default: id, where a row has it]"),
+    click.option(
+        "--prompt-template",
+        metavar="TEXT|@FILE",
+        help="Jinja2 over the row's fields, for example 'Is this a {{ kind }}? {{ question }}'.",
+    ),
+    click.option("--system-prompt", metavar="TEXT|@FILE", help="Goes before every question."),
+    click.option("--image-root", metavar="DIR", help="Relative image paths start here. [default: beside TASKS]"),
+    click.option("--start", type=click.IntRange(0), default=0, help="Position of the first row, from 0."),
+    click.option("--end", type=click.IntRange(0), help="Position behind the last row."),
+    click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Longest answer."),
+    click.option(
+        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest answer."
+    ),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
+    click.option("--seed", type=int, help="For repeatable sampling, where the backend has it."),
+    click.option("--reasoning-effort", metavar="LEVEL", help="For models that take it: low, medium, high."),
+    click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
+    click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
+    click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Shrink images to this area."),
+    click.option(
+        "--image-format",
+        type=click.Choice(["keep", "jpeg", "png", "webp"]),
+        default="keep",
+        show_default=True,
+        help="Re-encode images that are of another format.",
+    ),
+    click.option(
+        "--image-quality",
+        type=click.IntRange(1, 100),
+        default=90,
+        show_default=True,
+        help="Of images that are re-encoded as JPEG or WebP.",
+    ),
+    click.option("--image-detail", type=click.Choice(["auto", "low", "high"]), help="The detail key of image_url."),
+    click.option(
+        "--on-bad-image",
+        type=click.Choice(["reject", "text-only"]),
+        default="reject",
+        show_default=True,
+        help="What becomes of a row whose image is missing or broken.",
+    ),
+    click.option("--max-requests", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
+    click.option("--max-bytes", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
+    click.option("--workers", type=click.IntRange(1), help="Processes. Never changes the result. [default: the cores]"),
+    click.option("--strict", is_flag=True, help="Stop at the first row that cannot become a request."),
+)
+
+pilot_option = click.option(
+    "--limit", "pilot", type=click.IntRange(1), metavar="N", help="A pilot: send only N requests now."
+)
+
+submit_options = add_options(
+    click.option("--shards", metavar="I/N", help="Work on the I-th of N parts of the run only, for example 3/8."),
+    click.option(
+        "--attempts",
+        type=click.IntRange(1),
+        default=3,
+        show_default=True,
+        help="How often a request that fails in passing is sent in all.",
+    ),
+    click.option(
+        "--retry",
+        metavar="VERDICTS",
+        help="Send rows with these verdicts again, too: failed,truncated,refused,invalid…",
+    ),
+    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
+)
+
+merge_options = add_options(
+    click.option("-o", "--output", metavar="FILE", help="Where the results go. [default: RUN/results.jsonl]"),
+    click.option(
+        "--parse",
+        default="text",
+        show_default=True,
+        metavar="HOW",
+        help="parsed_answer: text, json, choice, number or regex:PATTERN.",
+    ),
+    click.option("--prefix", default="", metavar="TEXT", help="Put before the names of the fields that a result adds."),
+    click.option("--retry-file", metavar="FILE", help="Rows without an answer. [default: RUN/retry.jsonl]"),
+)
