@@ -1,0 +1,173 @@
+"""Memory of `prepare` and `merge` at several sizes: it must not grow with the rows.
+
+Rows with small pictures go through the command line; the responses are made here, in shuffled order within a shard, and
+every result is compared with what it must be. Prints a table of seconds, rows per second and peak memory (the largest
+process, and the sum of all of them).
+
+    python benchmarks/flat_memory.py --rows 10000,200000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from PIL import Image
+
+from batchkit.runs import Attempt, Job, Run, now
+
+PICTURES = 500
+COMMAND = [sys.executable, "-m", "batchkit"]
+
+
+class Measured(NamedTuple):
+    seconds: float
+    largest_mb: float
+    sum_mb: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="10000,200000", help="sizes, separated by commas")
+    parser.add_argument("--folder", help="where to work [default: a temporary folder]")
+    arguments = parser.parse_args()
+    print(f"{'rows':>9}  {'stage':8} {'seconds':>8} {'rows/s':>9} {'largest MB':>11} {'sum MB':>7}")
+    for rows in map(int, arguments.rows.split(",")):
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            for stage, measured in one_size(Path(folder), rows):
+                print(
+                    f"{rows:9,}  {stage:8} {measured.seconds:8.1f} {rows / measured.seconds:9,.0f} "
+                    f"{measured.largest_mb:11.0f} {measured.sum_mb:7.0f}",
+                    flush=True,
+                )
+
+
+def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:
+    tasks = make_tasks(folder, rows)
+    run = folder / "run"
+    prepared = measure([*COMMAND, "prepare", str(tasks), str(run), "--model", "m"])
+    answer(run)
+    merged = measure([*COMMAND, "merge", str(run)])
+    check(run, rows)
+    pile = [
+        "--tasks",
+        str(tasks),
+        "--responses",
+        str(folder / "pile.*.jsonl"),
+        "-o",
+        str(folder / "pile-results.jsonl"),
+    ]
+    make_pile(folder, rows)
+    piled = measure([*COMMAND, "merge", *pile])
+    check_file(folder / "pile-results.jsonl", rows)
+    return [("prepare", prepared), ("merge", merged), ("pile", piled)]
+
+
+def make_tasks(folder: Path, rows: int) -> Path:
+    chance = random.Random(0)
+    (folder / "pictures").mkdir()
+    for number in range(PICTURES):
+        Image.frombytes("RGB", (48, 48), chance.randbytes(48 * 48 * 3)).save(folder / f"pictures/{number}.jpg")
+    tasks = folder / "tasks.jsonl"
+    with open(tasks, "w", encoding="utf-8") as stream:
+        for number in range(rows):
+            image = f"pictures/{number % PICTURES}.jpg"
+            stream.write(json.dumps({"id": f"row-{number}", "image": image, "question": f"What is {number}?"}) + "\n")
+    return tasks
+
+
+def response(custom_id: str, number: int) -> str:
+    body = {
+        "id": f"chatcmpl-{number:032x}",
+        "object": "chat.completion",
+        "created": 1_790_000_000,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": f"answer {number}"},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
+        ],
+        "usage": {"prompt_tokens": 90, "total_tokens": 100, "completion_tokens": 10},
+    }
+    return json.dumps(
+        {
+            "id": f"vllm-{number:032x}",
+            "custom_id": custom_id,
+            "response": {"status_code": 200, "request_id": f"vllm-batch-{number:x}", "body": body},
+            "error": None,
+        }
+    )
+
+
+def answer(path: Path) -> None:
+    """Answer every request of the run, in shuffled order within each shard."""
+    run = Run.open(path)
+    chance = random.Random(1)
+    for seal in run.seals():
+        pairs = list(zip(run.read_ids(seal), range(seal.start, seal.end), strict=True))
+        chance.shuffle(pairs)
+        lines = "".join(response(custom_id, number) + "\n" for custom_id, number in pairs)
+        run.responses_path(seal.shard, 1).write_text(lines)
+        whole = [(seal.start, seal.end)]
+        attempt = Attempt(number=1, backend="vllm", state="collected", rows=whole, started=now(), ended=now())
+        run.write_job(Job(shard=seal.shard, attempts=[attempt]))
+
+
+def make_pile(folder: Path, rows: int) -> None:
+    """The same answers as five foreign files, the lines scattered over them, under the rows' own ids."""
+    chance = random.Random(2)
+    streams = [open(folder / f"pile.{number}.jsonl", "w", encoding="utf-8") for number in range(5)]  # noqa: SIM115
+    for number in range(rows - 1, -1, -1):
+        chance.choice(streams).write(response(f"row-{number}", number) + "\n")
+    for stream in streams:
+        stream.close()
+
+
+def check(run: Path, rows: int) -> None:
+    verdicts = json.loads((run / "summary.json").read_bytes())["verdicts"]
+    assert verdicts["answered"] == rows == sum(verdicts.values())
+    check_file(run / "results.jsonl", rows)
+
+
+def check_file(path: Path, rows: int) -> None:
+    number = -1
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream):
+            result = json.loads(line)
+            assert result["id"] == f"row-{number}"
+            assert result["raw_response"] == f"answer {number}"
+    assert number + 1 == rows
+
+
+def measure(command: list[str]) -> Measured:
+    """Run a command; its peak memory is read from the process tree 50 times a second."""
+    started = time.monotonic()
+    largest = total = 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):  # one of them has just ended
+                sizes = [one.memory_info().rss for one in [watched, *watched.children(recursive=True)]]
+                largest, total = max(largest, *sizes), max(total, sum(sizes))
+            time.sleep(0.02)
+        seconds = time.monotonic() - started
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    return Measured(seconds, largest / 1e6, total / 1e6)
+
+
+if __name__ == "__main__":
+    main()
