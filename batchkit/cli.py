@@ -107,8 +107,8 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
 def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
     already = "already prepared: " if report.already else "would make " if plan_only else "prepared "
     click.echo(
-        f"{already}{report.requests:,} requests of {report.rows:,} rows, in {_count(report.shards, 'shard')}, "
-        f"{_bytes(report.requests_bytes)} (largest shard {_bytes(report.largest_shard_bytes)})",
+        f"{already}{_count(report.requests, 'request')} of {_count(report.rows, 'row')}, "
+        f"in {_count(report.shards, 'shard')}, {_bytes(report.requests_bytes)} (largest shard {_bytes(report.largest_shard_bytes)})",
         err=not plan_only,
     )
     if report.rejected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -70,7 +71,7 @@ def prepare(
     target = Run.open(run) if existed else Run.create(run, manifest)
     with target.lease("prepare"):
         if existed:
-            _refuse_other(target.manifest, manifest)
+            _refuse_other(target, manifest)
             if target.manifest.input.modified != manifest.input.modified and not rows_unchanged(target, uri):
                 raise RunError(
                     f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
@@ -161,8 +162,12 @@ def _image_root(uri: str, options: PrepareOptions) -> str:
     return str(root)
 
 
-def _refuse_other(old: Manifest, new: Manifest) -> None:
+def _refuse_other(run: Run, new: Manifest) -> None:
     """Raise `RunError` where the run was prepared from another input or with other options."""
+    old = run.manifest
+    hint = "prepare into a new run directory, or repeat the options as they were"
+    if not run.was_sent():
+        hint = f"nothing of it was sent: rm -r {shlex.quote(str(run.path))} and prepare again; or name a new directory"
     was = {**old.options, "model": old.model, "backend": old.backend, "TASKS": old.input.uri}
     now_is = {**new.options, "model": new.model, "backend": new.backend, "TASKS": new.input.uri}
     for name, value in now_is.items():
@@ -170,7 +175,7 @@ def _refuse_other(old: Manifest, new: Manifest) -> None:
             flag = name if name == "TASKS" else "--" + name.replace("_", "-")
             raise RunError(
                 f"the run was prepared with {flag} {_shown(was.get(name))}, now it is {_shown(value)}",
-                hint="prepare into a new run directory, or repeat the options as they were",
+                hint=hint,
             )
     if old.input.bytes != new.input.bytes:
         raise RunError(

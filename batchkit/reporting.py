@@ -89,14 +89,14 @@ def as_text(status: Status) -> str:
     done = sum(shard.state == "done" for shard in status.shards)
     lines = [
         f"{status.run}: {status.model} on {status.backend}",
-        f"{status.rows:,} rows, {status.requests:,} requests, {len(status.shards):,} shards ({done:,} done)"
+        f"{status.rows:,} rows, {status.requests:,} requests; {done:,} of {len(status.shards):,} shards done"
         + ("" if status.prepared else "; prepare has not finished"),
         ", ".join(f"{name} {count:,}" for name, count in status.verdicts.items() if count) or "no rows",
     ]
     waiting = [shard for shard in status.shards if shard.state != "done"]
     for shard in waiting[:20]:
         counts = ", ".join(f"{name} {count:,}" for name, count in shard.verdicts.items())
-        lines.append(f"  shard {shard.shard:05d}  {shard.state:7}  {shard.attempts} attempts  {counts}")
+        lines.append(f"  shard {shard.shard:05d}  {shard.state:7}  attempts {shard.attempts}  {counts}")
     if len(waiting) > 20:
         lines.append(f"  … and {len(waiting) - 20:,} more shards that are not done")
     return "\n".join(lines)

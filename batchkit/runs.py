@@ -254,6 +254,10 @@ class Run:
         with write_whole(self.job_path(job.shard), durable=True) as stream:
             stream.write(_pretty(job))
 
+    def was_sent(self) -> bool:
+        """Whether any request was ever handed to a backend, or was about to be."""
+        return any((self.path / "jobs").iterdir())
+
     def responses_path(self, shard: int, attempt: int) -> Path:
         return self.path / "responses" / f"{shard:05d}.{attempt}.jsonl"
 

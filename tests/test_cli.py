@@ -92,16 +92,18 @@ def test_prepare_tells_what_it_made_and_what_it_rejected(write_tasks: WriteTasks
     assert done.exit_code == 0
     assert done.stdout == ""
     assert re.fullmatch(
-        r"prepared 1 requests of 2 rows, in 1 shard, \d+ bytes \(largest shard \d+ bytes\)\n"
+        r"prepared 1 request of 2 rows, in 1 shard, \d+ bytes \(largest shard \d+ bytes\)\n"
         r"rejected 1 row \(image 1\):\n  tasks\.jsonl:2: image not found: none\.png\n\nnext: batchkit submit \S+\n",
         done.stderr,
     )
-    assert call("prepare", tasks, tmp_path / "run", "--model", "m").stderr.startswith("already prepared: 1 requests")
+    assert call("prepare", tasks, tmp_path / "run", "--model", "m").stderr.startswith(
+        "already prepared: 1 request of 2 rows"
+    )
 
 
 def test_plan_prints_to_stdout_and_writes_nothing(write_tasks: WriteTasks, tmp_path: Path) -> None:
     done = call("prepare", write_tasks([{"question": "a"}]), tmp_path / "run", "--model", "m", "--plan")
-    assert done.stdout.startswith("would make 1 requests of 1 rows, in 1 shard")
+    assert done.stdout.startswith("would make 1 request of 1 row, in 1 shard")
     assert not (tmp_path / "run").exists()
 
 
