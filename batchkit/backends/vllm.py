@@ -152,11 +152,12 @@ class Vllm:
             "model": f"vLLM cannot load the model {self.model}: {cause.text}",
             "memory": f"vLLM ran out of memory: {cause.text}",
         }
+        less = "--gpu-memory-utilization 0.85" if not self.install.cpu else "--kv-cache-memory-bytes 1G"
         hints = {
             "argument": "correct the arguments behind --",
             "missing": "pip install 'batchkit-vlm[vllm]'",
             "model": "prepare with --model as a folder that holds config.json, or a name on the model hub",
-            "memory": "give it less to hold, e.g. -- --max-model-len 4096 --gpu-memory-utilization 0.85",
+            "memory": f"give it less to hold, for example: -- --max-model-len 4096 {less}",
         }
         when = "ended while it ran" if end.ready else "did not start"
         message = said.get(cause.kind, f"vLLM {when}: {cause.text}")

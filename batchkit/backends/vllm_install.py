@@ -6,6 +6,7 @@ What differs between the versions is in the source of vLLM 0.10 to 0.33 (`entryp
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -149,6 +151,10 @@ def engine_environment(
         for name in [*ray, "OMP_NUM_THREADS"]:
             environment.pop(name, None)
     environment["VLLM_RPC_BASE_PATH"] = str(scratch)
+    if str(scratch.parent) == tempfile.gettempdir():
+        # What vLLM leaves behind when it is killed goes with the scratch folder; torch's cache is to stay where it is.
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch.parent}/torchinductor_{getpass.getuser()}")
+        environment["TMPDIR"] = str(scratch)
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -17,8 +17,12 @@ _LOADING = re.compile(rb"Starting to load model|Loading (?:model|weights|safeten
 _PREFIX = re.compile(
     r"^(?:\([^)]*pid=\d+\)\s*)?(?:(?:INFO|WARNING|ERROR|DEBUG|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?"
 )
-_FRAME = re.compile(r"^\s+|^Traceback \(most recent call last\)|^(?:The above|During handling)|^\^+$")
+_FRAME = re.compile(r"^(?!  Value error)\s+|^Traceback \(most recent call last\)|^(?:The above|During handling)|^\^+$")
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))\b:? ?(.*)")
+_SECOND_HAND = re.compile(r"EngineDeadError|RuntimeError: Engine core init")
+_CHATTER = re.compile(
+    r"^(?:\([^)]*pid=\d+\)\s*)?(?:INFO|DEBUG) |it/s\]|req/s\]|\[transformers\]|Warning: |^Triton is installed"
+)
 
 _CAUSES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("disk", re.compile(r"No space left on device|Disk quota exceeded")),
@@ -26,6 +30,8 @@ _CAUSES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
         "argument",
         re.compile(r"error: (?P<text>(?:unrecognized arguments?|argument|ambiguous option|the following arg).*)"),
     ),
+    # pydantic's reason for refusing vLLM's configuration stands on a line of its own.
+    ("argument", re.compile(r"^  Value error, (?P<text>[^\[]+)")),
     ("request", re.compile(r"validation errors? for Batch\w*Input")),
     ("missing", re.compile(r"No module named '?vllm\b")),
     (
@@ -40,7 +46,7 @@ _CAUSES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     (
         "memory",
         re.compile(
-            r"out of memory|OutOfMemoryError|Free memory on device|No available memory for the cache"
+            r"out of memory|OutOfMemoryError|Free memory on device|No available memory"
             r"|KV cache.*larger than|larger than the available KV cache|[Cc]annot allocate memory|^MemoryError"
             r"|[Nn]ot enough (?:available )?memory|bad_alloc|Available memory on node .* less than"
         ),
@@ -98,7 +104,9 @@ def find_cause(path: Path, exit_code: int) -> Cause:
                 return Cause(kind, _shorten(_bare(text)), tail)
     if exit_code == -9:
         return Cause("memory", "it was killed (signal 9): most often the system does that when memory runs out", tail)
-    said = [line for line in lines if _EXCEPTION.match(line) and not line.startswith("RuntimeError: Engine core init")]
+    said = [_bare(line) for line in lines if _EXCEPTION.match(line)]
+    # What the main process says of the death of its engine process comes after the reason, if there is one.
+    said = [line for line in said if not _SECOND_HAND.match(line)] or said
     if said:
         return Cause("other", _shorten(said[0]), tail)
     if not exit_code:
@@ -108,7 +116,7 @@ def find_cause(path: Path, exit_code: int) -> Cause:
 
 
 def useful_lines(path: Path) -> deque[str]:
-    """The end of the log without time stamps, progress bars and the frames of tracebacks; no line twice in a row."""
+    """The end of the log without time stamps, chatter, progress bars and the frames of tracebacks."""
     try:
         with open(path, "rb") as stream:
             stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -118,7 +126,7 @@ def useful_lines(path: Path) -> deque[str]:
     lines: deque[str] = deque(maxlen=1000)
     for raw in re.split(r"[\r\n]+", text):
         line = _PREFIX.sub("", raw).rstrip()
-        if line and not _FRAME.match(line) and "it/s]" not in line and (not lines or lines[-1] != line):
+        if line and not _FRAME.match(line) and not _CHATTER.search(raw) and (not lines or lines[-1] != line):
             lines.append(_shorten(line, 500))
     return lines
 
