@@ -39,6 +39,8 @@ def read(body: Any) -> Found:
     """Read a body of any endpoint. Never raises."""
     if not isinstance(body, dict):
         return Found("none", message="the response has no body")
+    if "candidates" in body or "promptFeedback" in body:
+        return _gemini(body)
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else None
     model = body.get("model") if isinstance(body.get("model"), str) else None
     return _read(body)._replace(usage=usage, model=model)
@@ -149,3 +151,38 @@ def _values(entries: list[Any]) -> Found:
 def _index(entry: dict[str, Any]) -> int:
     index = entry.get("index")
     return index if isinstance(index, int) else 0
+
+
+def _gemini(body: dict[str, Any]) -> Found:
+    """GenerateContentResponse (ai.google.dev/api/generate-content): text in the parts of the first candidate."""
+    counts = body.get("usageMetadata")
+    usage = None
+    if isinstance(counts, dict):
+        prompt, answer, thoughts, total = (
+            counts.get(f"{name}TokenCount") or 0 for name in ("prompt", "candidates", "thoughts", "total")
+        )
+        if all(isinstance(count, int) for count in (prompt, answer, thoughts, total)):
+            usage = {"prompt_tokens": prompt, "completion_tokens": answer + thoughts, "total_tokens": total}
+    model = body.get("modelVersion")
+    found = _gemini_candidate(body)
+    return found._replace(usage=usage, model=model if isinstance(model, str) else None)
+
+
+def _gemini_candidate(body: dict[str, Any]) -> Found:
+    candidates = body.get("candidates")
+    if not isinstance(candidates, list) or not candidates or not isinstance(candidates[0], dict):
+        feedback = body.get("promptFeedback")
+        reason = feedback.get("blockReason") if isinstance(feedback, dict) else None
+        if isinstance(reason, str):
+            return Found("refused", message=f"the prompt was blocked: {reason}", finish_reason=reason)
+        return Found("none", message="the response has no candidates")
+    content, finish = candidates[0].get("content"), candidates[0].get("finishReason")
+    parts = content.get("parts") if isinstance(content, dict) else None
+    spoken = (
+        [part for part in parts if isinstance(part, dict) and not part.get("thought")]
+        if isinstance(parts, list)
+        else []
+    )
+    return _finished(
+        _text(spoken), finish if isinstance(finish, str) else None, None, "the first candidate has no text"
+    )

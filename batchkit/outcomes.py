@@ -92,16 +92,17 @@ def _read_responses(
     """For each row its (attempt, response) pairs in the order of the files; lines of no row go into `shard`."""
     candidates: list[list[tuple[int, Response]] | None] = [None] * len(shard.ids)
     for number, path in run.responses_paths(shard.seal.shard):
-        still_written = number in attempts and attempts[number].state not in _OVER
-        for line in _lines(path, still_written=still_written):
+        still_written = number not in attempts or attempts[number].state not in _OVER
+        for line in _lines(path):
             try:
                 response = parse(line)
             except UnreadableLine:
-                shard.unreadable.append(line)
+                if line.endswith(b"\n") or not still_written:  # else: half of a line that is being written
+                    shard.unreadable.append(line.removesuffix(b"\n"))
                 continue
             index = index_of.get(response.custom_id)
             if index is None:
-                shard.unexpected.append(line)
+                shard.unexpected.append(line.removesuffix(b"\n"))
             elif (found := candidates[index]) is None:
                 candidates[index] = [(number, response)]
             else:
@@ -132,14 +133,12 @@ def _is_due(outcome: Outcome, attempts: int, retry: frozenset[Verdict]) -> bool:
     return False
 
 
-def _lines(path: Path, *, still_written: bool) -> Iterator[bytes]:
-    """Lines that are not blank. A last one without a line feed is left out while the file may still grow."""
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines that are not blank, with their line feed."""
     with open_read(str(path)) as stream:
         for line in stream:
-            if still_written and not line.endswith(b"\n"):
-                return
             if line.strip():
-                yield line.removesuffix(b"\n")
+                yield line
 
 
 def _attempts_of_rows(attempts: list[Attempt], seal: Seal) -> tuple[list[int], list[int]]:
@@ -170,8 +169,8 @@ def _outcome(
     chosen = choose(candidates)
     response, number = chosen.response, chosen.attempt
     if response is not None and number is not None and response.verdict in ANSWERS:
-        answered_by = {attempt for attempt, found in candidates if found.verdict in ANSWERS and attempt in attempts}
-        tries = max(0, over - sum(attempts[attempt].state in _OVER for attempt in answered_by))
+        answered_in = {attempt for attempt, found in candidates if found.verdict in ANSWERS and attempt in attempts}
+        tries = over and max(0, over - sum(attempts[attempt].state in _OVER for attempt in answered_in))
         verdict = Verdict.CONFLICTING if chosen.conflicts else response.verdict
         message = conflict_message(chosen.conflicts) if chosen.conflicts else response.message
     elif response is not None and number is not None and _counts(response, number, last):

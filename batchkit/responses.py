@@ -13,6 +13,7 @@ absence of an `error`. The shapes that are known, and where they come from:
 | `response.status_code` 0 | OpenAI, seen by users: no connection |
 | `response: null`, `error.code` inference_failed | AIBrix 0.8 |
 | the completion itself as `response`, no status | vLLM 0.4 |
+| `key` for `custom_id`; `response.candidates`, or `error` or `status` with a gRPC code | Gemini Batch API, as it is |
 
 Bodies: chat completions (text, parts, tool calls, refusals), completions, responses, embeddings, score, rerank,
 classify, pooling, moderations, transcriptions. Anything else is `failed`, and says so.
@@ -21,13 +22,12 @@ classify, pooling, moderations, transcriptions. Anything else is `failed`, and s
 from __future__ import annotations
 
 import json
-import re
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import msgspec
 
-from batchkit import bodies
+from batchkit import bodies, faults
 
 
 class Verdict(StrEnum):
@@ -73,23 +73,6 @@ class Response(msgspec.Struct, frozen=True, gc=False):
     engine_died: bool = False
 
 
-# What a vLLM engine's death looks like from outside. v1: the text of EngineDeadError (vllm/v1/engine/exceptions.py,
-# 0.10 to 0.33), which run_batch and the server hand on with status 500. v0 (up to 0.10): AsyncEngineDeadError
-# (engine/async_llm_engine.py) and MQEngineDeadError (engine/multiprocessing/client.py). EngineGenerateError, whose
-# text is empty, concerns one request and is no death.
-_ENGINE_DIED = re.compile(
-    r"\s*(?:[\w.]*EngineDeadError\b"
-    r"|EngineCore encountered an issue\b"
-    r"|Background loop (?:has errored already|is stopped)\b"
-    r"|Engine loop is not running\b)"
-)
-_BATCH_ENDED = frozenset({"batch_expired", "batch_cancelled", "batch_canceled", "expired", "cancelled", "canceled"})
-# Words that stand where a status is missing (`error.code` or `error.type`); request_timeout is OpenAI's, in batches.
-_PASSING_WORDS = re.compile(
-    r"time_?out|rate_?limit|overloaded|unavailable|server_?error|internal_?error|connection", re.IGNORECASE
-)
-
-
 class _Message(msgspec.Struct, gc=False):
     content: str
     refusal: str | None = None
@@ -118,7 +101,7 @@ class _Line(msgspec.Struct, gc=False):
 
 _decode_common = msgspec.json.Decoder(_Line).decode
 _decode_any = msgspec.json.Decoder().decode
-_encode = msgspec.json.Encoder().encode
+UNKNOWN = "a response of unknown shape"
 
 
 def parse(line: bytes) -> Response:
@@ -137,14 +120,19 @@ def parse(line: bytes) -> Response:
 
 def _parse_any(line: bytes) -> Response:
     fields = _decode(line)
-    custom_id = fields.get("custom_id") if isinstance(fields, dict) else None
-    if not isinstance(custom_id, str):
-        raise UnreadableLine("not a JSON object with a custom_id")
-    if "method" in fields and "response" not in fields and "error" not in fields:
-        raise UnreadableLine("a request, not a response")
+    if not isinstance(fields, dict):
+        raise UnreadableLine("not a JSON object")
     returned, error = fields.get("response"), fields.get("error")
+    if "custom_id" not in fields and "key" in fields:
+        custom_id, error = fields["key"], error or fields.get("status")
+    else:
+        custom_id = fields.get("custom_id")
+    if not isinstance(custom_id, str):
+        raise UnreadableLine("no custom_id")
+    if ("method" in fields or "request" in fields) and "response" not in fields and "error" not in fields:
+        raise UnreadableLine("a request, not a response")
     if isinstance(returned, dict):
-        status = _number(returned.get("status_code"))
+        status = faults.number(returned.get("status_code"))
         body = returned.get("body") if "body" in returned or status is not None else returned
         if status is None and not (error is None or error == {}):
             return _failure(custom_id, None, error, body)
@@ -157,15 +145,17 @@ def _parse_any(line: bytes) -> Response:
 def _success(custom_id: str, body: Any, error: Any) -> Response:
     found = bodies.read(body)
     if found.kind == "none":
-        failure = _failure(custom_id, None, error, body)
-        message = failure.message if _said(error, body) else found.message
-        return msgspec.structs.replace(
-            failure,
-            message=message,
+        fault = faults.read(None, error, body)
+        return Response(
+            custom_id,
+            Verdict.EXPIRED if fault.expired else Verdict.FAILED,
+            finish_reason=found.finish_reason,
             usage=found.usage,
             model=found.model,
-            finish_reason=found.finish_reason,
-            passing=failure.passing or found.passing,
+            message=fault.message or found.message or UNKNOWN,
+            code=fault.code,
+            passing=fault.passing or found.passing,
+            engine_died=fault.engine_died,
         )
     return Response(
         custom_id=custom_id,
@@ -179,60 +169,15 @@ def _success(custom_id: str, body: Any, error: Any) -> Response:
 
 
 def _failure(custom_id: str, status: int | None, error: Any, body: Any) -> Response:
-    message, code, kind = _describe(error, body)
-    if isinstance(code, str) and code.lower() in _BATCH_ENDED and status is None:
-        return Response(custom_id, Verdict.EXPIRED, message=message or code, code=code, passing=True)
-    number = status if status is not None else _number(code)
-    died = (number is None or number >= 500) and message is not None and _ENGINE_DIED.match(message) is not None
-    if number is None:
-        passing = died or any(isinstance(word, str) and _PASSING_WORDS.search(word) for word in (code, kind))
-    else:
-        passing = number in (0, 408, 409, 429) or number >= 500
-    if message is None:
-        message = f"status {number} without a message" if number is not None else "a response of unknown shape"
+    fault = faults.read(status, error, body)
     return Response(
         custom_id,
-        Verdict.FAILED,
-        message=message,
-        code=code if code is not None else status,
-        passing=bool(passing),
-        engine_died=died,
+        Verdict.EXPIRED if fault.expired else Verdict.FAILED,
+        message=fault.message or UNKNOWN,
+        code=fault.code,
+        passing=fault.passing,
+        engine_died=fault.engine_died,
     )
-
-
-def _said(error: Any, body: Any) -> bool:
-    return _describe(error, body)[0] is not None
-
-
-def _describe(error: Any, body: Any) -> tuple[str | None, str | int | None, str | None]:
-    """Message, code and type of the error, from wherever the line has them."""
-    places = [error, body] if not isinstance(body, dict) else [error, body.get("error"), body]
-    for place in places:
-        inner = place.get("error", place) if isinstance(place, dict) else place
-        if isinstance(inner, str) and inner.strip():
-            return inner, None, None
-        if not isinstance(inner, dict) or not inner:
-            continue
-        code, kind = inner.get("code"), inner.get("type")
-        message = inner.get("message") or inner.get("detail")
-        if message is not None and not isinstance(message, str):
-            message = _encode(message).decode()
-        if message or code:
-            return (
-                message or f"error {code}",
-                code if isinstance(code, (str, int)) else None,
-                kind if isinstance(kind, str) else None,
-            )
-    return None, None, None
-
-
-def _number(value: Any) -> int | None:
-    """A status, also where a host writes it as text. None where there is none."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,3}", value) else None
 
 
 def _decode(line: bytes) -> Any:
@@ -274,6 +219,8 @@ def choose(candidates: list[tuple[int, Response]]) -> Chosen:
     An answer beats an error. Of two answers from different attempts the later attempt's wins; two equal ones are one;
     of different ones within one attempt the first is kept and the others are listed. Of errors the last counts.
     """
+    if len(candidates) == 1:  # the usual case
+        return Chosen(candidates[0][1], candidates[0][0], [])
     answers = [pair for pair in candidates if pair[1].verdict in ANSWERS]
     if not answers:
         if not candidates:

@@ -50,12 +50,13 @@ class ResultEncoder:
 
     def __init__(self, *, parse: str = "text", prefix: str = "", model: str | None = None, schema: Any = None) -> None:
         self._parse = parser(parse, schema)
-        self._prefix = prefix
         self._model = model
         self._names = [prefix + name for name in OUR_NAMES]
         # A key may also be written with escapes; those of ASCII letters all begin like this.
-        self._needles = [msgspec.json.encode(name) for name in self._names] + [b"\\u00"]
-        tail: Any = msgspec.defstruct("Tail", list(OUR_NAMES), rename=dict(zip(OUR_NAMES, self._names, strict=True)))
+        escape = b"\\u00" if not prefix or (prefix.isascii() and prefix.isidentifier()) else b"\\"
+        self._needles = [*map(msgspec.json.encode, self._names), escape]
+        names = dict(zip(OUR_NAMES, self._names, strict=True))
+        tail: Any = msgspec.defstruct("Tail", list(OUR_NAMES), rename=names, gc=False)
         self._tail = tail
         self._encode = msgspec.json.Encoder().encode
 

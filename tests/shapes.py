@@ -323,4 +323,43 @@ SHAPES = [
         [{"index": 1, "document": {"text": "b"}, "relevance_score": 0.9}],
     ),
     Shape("transcription", _body('{"text":"hello","usage":{"type":"duration","seconds":1}}'), "answered", "hello"),
+    # Gemini's own output, untranslated [docs: ai.google.dev/gemini-api/docs/batch-api]
+    Shape(
+        "gemini_success",
+        '{"key":"ID","response":{"candidates":[{"content":{"parts":[{"text":"hm","thought":true},{"text":"red"}],"role":'
+        '"model"},"finishReason":"STOP","index":0}],"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":1,'
+        '"totalTokenCount":6},"modelVersion":"gemini-2.5-flash"}}',
+        "answered",
+        "red",
+    ),
+    Shape(
+        "gemini_cut",
+        '{"key":"ID","response":{"candidates":[{"content":{"role":"model"},"finishReason":"MAX_TOKENS"}]}}',
+        "truncated",
+    ),
+    Shape(
+        "gemini_blocked_prompt",
+        '{"key":"ID","response":{"promptFeedback":{"blockReason":"PROHIBITED_CONTENT"},"usageMetadata":{}}}',
+        "refused",
+        message="the prompt was blocked: PROHIBITED_CONTENT",
+    ),
+    Shape(
+        "gemini_recitation",
+        '{"key":"ID","response":{"candidates":[{"finishReason":"RECITATION"}]}}',
+        "refused",
+        message="declined: RECITATION",
+    ),
+    Shape(
+        "gemini_error",
+        '{"key":"ID","error":{"code":8,"message":"Resource exhausted"}}',
+        "failed",
+        message="Resource exhausted",
+        passing=True,
+    ),
+    Shape(
+        "gemini_status",
+        '{"key":"ID","status":{"code":3,"message":"Invalid argument"}}',
+        "failed",
+        message="Invalid argument",
+    ),
 ]

@@ -7,6 +7,7 @@ import pytest
 from batchkit.errors import RunError
 from batchkit.outcomes import ShardOutcomes, load, to_send
 from batchkit.responses import Verdict
+from batchkit.runs import AttemptState
 from tests.made_runs import ENGINE_DIED, MadeRun, failure_line, response_line
 
 ROWS = [b'{"id": 0}', b'{"id": 1}', b'{"id": 2}', b'{"id": 3}']
@@ -80,8 +81,9 @@ def test_a_torn_last_line_of_a_running_attempt_is_still_being_written(made: Made
     assert loaded(made).unreadable == []
 
 
-def test_a_whole_last_line_needs_no_line_feed(made: MadeRun) -> None:
-    made.add_attempt(0, torn=response_line(made.ids[0], "x"))
+@pytest.mark.parametrize("state", ["collected", "running"])
+def test_a_whole_last_line_needs_no_line_feed(made: MadeRun, state: AttemptState) -> None:
+    made.add_attempt(0, torn=response_line(made.ids[0], "x"), state=state)
     assert verdicts(made)[0] == "answered"
 
 

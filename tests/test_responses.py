@@ -48,6 +48,15 @@ def test_a_bad_request_that_quotes_the_death_of_an_engine_is_no_death() -> None:
     assert not parse(json.dumps(line).encode()).engine_died
 
 
+def test_base64_that_an_error_quotes_is_left_out() -> None:
+    line = {
+        "custom_id": "a",
+        "response": None,
+        "error": {"message": f"cannot read data:image/png;base64,{'iVBO' * 99}!"},
+    }
+    assert parse(json.dumps(line).encode()).message == "cannot read data:image/png;base64,…!"
+
+
 def test_usage_model_and_finish_reason_are_kept() -> None:
     response = parse(response_line("a", "red"))
     assert response.usage == {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
@@ -68,6 +77,7 @@ def test_usage_model_and_finish_reason_are_kept() -> None:
         b'{"custom_id":"a","response":{"status_code":200,"body":{"choi',
         b"[" * 100_000,
         b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{}}',
+        b'{"key":"a","request":{"contents":[]}}',
     ],
     ids=lambda line: repr(line[:24]),
 )
@@ -83,7 +93,8 @@ JSON = st.recursive(
         | st.dictionaries(
             st.sampled_from(
                 ["choices", "message", "content", "error", "code", "data", "output", "status", "body", "status_code",
-                 "finish_reason", "response", "custom_id", "results", "embedding", "index", "refusal", "text", "type"]
+                 "finish_reason", "response", "candidates", "promptFeedback",
+                 "results", "embedding", "index", "refusal", "text", "type"]
             ),
             inner,
             max_size=4,
