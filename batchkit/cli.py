@@ -108,7 +108,8 @@ def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
     already = "already prepared: " if report.already else "would make " if plan_only else "prepared "
     click.echo(
         f"{already}{_count(report.requests, 'request')} of {_count(report.rows, 'row')}, "
-        f"in {_count(report.shards, 'shard')}, {_bytes(report.requests_bytes)} (largest shard {_bytes(report.largest_shard_bytes)})",
+        f"in {_count(report.shards, 'shard')}, {_bytes(report.requests_bytes)} "
+        f"(largest shard {_bytes(report.largest_shard_bytes)})",
         err=not plan_only,
     )
     if report.rejected:

@@ -19,7 +19,7 @@ from batchkit.errors import InputError, RunError, UsageError
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.progress import Progress, Silent
 from batchkit.runs import FORMAT, Input, Manifest, Prepared, Rejection, Run, Seal, now
-from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, remove_leftovers, rows_unchanged
+from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, is_intact, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
 from batchkit.storage import is_remote
 from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, first_row, read_rows
@@ -194,16 +194,17 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
     tally = Tally()
     place, shards = FILE_START, 0
     seen = IdsSeen()
-    finished = run.prepared() is not None
-    for seal in run.seals():
+    for seal in itertools.takewhile(lambda seal: is_intact(run, seal), run.seals()):
         tally.add(seal)
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
-        if options.input_format == "batch" and not finished:
-            seen.update(run.read_ids(seal))
     progress.update(tally.report.rows)
-    if finished:
+    finished = run.prepared()
+    if finished is not None and finished.shards == shards:
         tally.report.already = True
         return tally.report
+    if options.input_format == "batch":
+        for seal in itertools.islice(run.seals(), shards):
+            seen.update(run.read_ids(seal))
     remove_leftovers(run)
     writer: ShardWriter | None = None
     uri, root = run.manifest.input.uri, run.manifest.options["image_root"]

@@ -110,6 +110,15 @@ class _AbandonedError(Exception):
     """Unwinds the open files of a shard that is not finished."""
 
 
+def is_intact(run: Run, seal: Seal) -> bool:
+    """Whether the files of a sealed shard are there in their full size; if not, `prepare` makes them again."""
+    try:
+        sizes = [path.stat().st_size for path in (run.rows_path(seal.shard), run.requests_path(seal.shard))]
+    except OSError:
+        return False
+    return sizes == [seal.rows_bytes, seal.requests_bytes] and run.ids_path(seal.shard).exists()
+
+
 def remove_leftovers(run: Run) -> None:
     """Remove what a killed `prepare` wrote aside. To be called under the lease `prepare`."""
     for folder in (run.rows_path(0).parent, run.requests_path(0).parent):

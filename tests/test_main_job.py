@@ -44,7 +44,7 @@ def test_402_rows_give_402_results_in_order_with_the_right_answers(tmp_path: Pat
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
-    model = ["--model", EXAMPLE / "model", "--image-root", EXAMPLE, "--max-tokens", "8"]
+    model = ["--model", str(EXAMPLE / "model"), "--image-root", str(EXAMPLE), "--max-tokens", "8"]
 
     prepared = batchkit("prepare", tasks, run, *model, "--max-requests", "101")
     assert prepared.returncode == 0, prepared.stderr

@@ -283,6 +283,16 @@ def test_prepare_again_does_nothing(write_tasks: WriteTasks, tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.parametrize("lost", ["requests/00001.jsonl", "requests/00001.json", "rows/00002.jsonl", "rows/00000.ids"])
+def test_what_was_lost_of_a_finished_run_is_made_again(lost: str, write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks([{"question": str(n)} for n in range(10)])
+    preparation.prepare(tasks, tmp_path / "run", model="m", max_requests=3)
+    before = files(tmp_path / "run")
+    (tmp_path / "run" / lost).unlink()
+    assert not preparation.prepare(tasks, tmp_path / "run", model="m", max_requests=3).already
+    assert files(tmp_path / "run") == before
+
+
 def test_other_options_or_another_input_are_refused_with_a_hint(write_tasks: WriteTasks, tmp_path: Path) -> None:
     tasks = write_tasks([{"question": "aa"}, {"question": "bb"}])
     preparation.prepare(tasks, tmp_path / "run", model="m")
