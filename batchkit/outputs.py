@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, Self
 
 import msgspec
 
-from batchkit.errors import UsageError
+from batchkit.errors import StorageError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
 from batchkit.results import ResultEncoder
@@ -82,8 +82,11 @@ class Outputs:
         self._unexpected: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._to.results.parent.mkdir(parents=True, exist_ok=True)
-        self._to.retry.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self._to.results, self._to.retry):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise StorageError(f"{path.parent}: cannot be made: {exc.strerror or exc}") from exc
         self._results = self._stack.enter_context(_open_write(self._to.results))
         self._retry = self._stack.enter_context(_open_write(self._to.retry))
         return self
@@ -91,9 +94,26 @@ class Outputs:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, value, trace)
-        if kind is None and self._unexpected is None:
+        if kind is not None:
+            self._stack.__exit__(kind, value, trace)
+            return
+        with self._stack:
+            self._flush()
+        if self._unexpected is None:
             self._to.unexpected.unlink(missing_ok=True)  # of an earlier merge
+
+    def _flush(self) -> None:
+        """Bring all files to the disk before the first gets its name: where one does not fit, none is replaced."""
+        streams = [(self._to.results, self._results), (self._to.retry, self._retry)]
+        if self._unexpected is not None:
+            streams.append((self._to.unexpected, self._unexpected))
+        for path, stream in streams:
+            try:
+                stream.flush()
+            except OSError as exc:
+                raise StorageError(
+                    f"{path}: cannot be written: {exc.strerror or exc}", hint="free some disk space and merge again"
+                ) from exc
 
     def add(self, row: bytes, outcome: Outcome) -> None:
         """Write the result of `row`, which is the row's line without its line feed."""

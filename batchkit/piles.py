@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,13 +82,13 @@ def merge_pile(
     pile = _Pile(str(tasks), files, tuple(id_fields), id_separator)
     progress = progress or Silent()
     with Outputs(to, encoder) as outputs:
-        rows = 0
-        for row, outcome in zip(read_rows(str(tasks)), pile.outcomes(outputs, to), strict=True):
+        for row, outcome in zip_longest(read_rows(str(tasks)), pile.outcomes(outputs, to)):
+            if row is None or outcome is None:
+                raise InputError(f"{tasks}: changed while it was merged", hint="run the same command again")
             outputs.add(row.raw, outcome)
-            rows += 1
-            if rows % 1000 == 0:
+            if outputs.tally.rows % 1000 == 0:
                 progress.update(1000)
-        progress.update(rows % 1000)
+        progress.update(outputs.tally.rows % 1000)
     return outputs.write_summary()
 
 

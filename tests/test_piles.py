@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchkit import piles, spills
-from batchkit.errors import InputError, UsageError
+from batchkit.errors import InputError, StorageError, UsageError
 from batchkit.piles import merge_pile
 from batchkit.summaries import Summary
 from tests.made_runs import failure_line, response_line
@@ -207,6 +207,33 @@ def test_files_that_are_missing_and_outputs_that_are_inputs_are_refused(tmp_path
     with pytest.raises(UsageError, match="need a name"):
         merge_pile(tasks, [out])
     assert tasks.read_bytes() == b'{"id":"a"}\n'
+
+
+def test_a_task_file_without_rows_gives_no_results(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [])
+    write_lines(tmp_path / "out.jsonl", [response_line("a", "x")])
+    summary = merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert (summary.rows, summary.unexpected, summary.exit_code) == (0, 1, 0)
+    assert (tmp_path / "results.jsonl").read_bytes() == b""
+
+
+def test_what_a_full_disk_leaves_is_an_error_and_no_file(tmp_path: Path, partitioned: None) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":%d}' % number for number in range(200)])
+    write_lines(tmp_path / "out.jsonl", [response_line(str(number), "x" * 100) for number in range(200)])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # a file that may not grow stands for a full disk
+    try:
+        with pytest.raises(StorageError, match="cannot be written"):
+            merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
+def test_results_in_a_place_that_cannot_be_made_are_an_error(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":1}'])
+    with pytest.raises(StorageError, match="cannot be made"):
+        merge_pile(tasks, [tasks], output=write_lines(tmp_path / "file", []) / "results.jsonl")
 
 
 def test_one_response_repeated_endlessly_takes_no_memory(tmp_path: Path) -> None:
