@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -92,13 +93,14 @@ def plan(
     tally = Tally()
     draft: ShardDraft | None = None
     root = _image_root(uri, options)
-    for row, done, shard in _sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers):
-        if draft is None or draft.shard != shard:
-            if draft is not None:
-                tally.add(draft.sealed())
-            draft = ShardDraft(shard)
-        draft.add(row, done, _rejection(uri, row, done) if done.request is None else None)
-        (progress or Silent()).update(1)
+    with closing(_sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded:
+        for row, done, shard in sharded:
+            if draft is None or draft.shard != shard:
+                if draft is not None:
+                    tally.add(draft.sealed())
+                draft = ShardDraft(shard)
+            draft.add(row, done, _rejection(uri, row, done) if done.request is None else None)
+            (progress or Silent()).update(1)
     if draft is not None:
         tally.add(draft.sealed())
     return tally.report
@@ -206,31 +208,41 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
         for seal in itertools.islice(run.seals(), shards):
             seen.update(run.read_ids(seal))
     remove_leftovers(run)
+    root = run.manifest.options["image_root"]
+    uri = run.manifest.input.uri
+    with closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded:
+        for seal in _written(run, shards, sharded, strict, progress):
+            tally.add(seal)
+    run.write_prepared(tally.prepared())
+    return tally.report
+
+
+def _written(
+    run: Run, first: int, sharded: Iterator[tuple[Row, Converted, int]], strict: bool, progress: Progress
+) -> Iterator[Seal]:
+    """Write the shards from number `first` on; yield the seal of each that is finished."""
     writer: ShardWriter | None = None
-    uri, root = run.manifest.input.uri, run.manifest.options["image_root"]
     try:
-        for row, done, index in _sharded(uri, place, options, image_root=root, seen=seen, workers=workers):
-            if writer is None or writer.shard != shards + index:
+        for row, done, index in sharded:
+            if writer is None or writer.shard != first + index:
                 if writer is not None:
-                    tally.add(writer.seal())
-                writer = ShardWriter(run, shards + index)
-            rejection = _rejection(uri, row, done) if done.request is None else None
+                    yield writer.seal()
+                writer = ShardWriter(run, first + index)
+            rejection = _rejection(run.manifest.input.uri, row, done) if done.request is None else None
             if rejection is not None and strict:
                 raise InputError(rejection.message, hint="mend the row, or leave out --strict to set it aside")
             writer.add(row, done, rejection)
             progress.update(1)
         if writer is not None:
-            tally.add(writer.seal())
+            yield writer.seal()
     finally:
         if writer is not None:
             writer.close()
-    run.write_prepared(tally.prepared())
-    return tally.report
 
 
 def _sharded(
     uri: str, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
-) -> Iterator[tuple[Row, Converted, int]]:
+) -> Generator[tuple[Row, Converted, int]]:
     """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
     batch_format = options.input_format == "batch"
     make = partial(Converter, options, image_root=image_root, batch_format=batch_format)
@@ -238,14 +250,13 @@ def _sharded(
         lambda row: options.stop is None or row.position < options.stop,
         (row for row in read_rows(uri, place) if row.position >= options.start),
     )
-    converted = convert_all(selected, make, workers)
-    if batch_format:
-        converted = ((row, seen.check(row, done)) for row, done in converted)
-    pairs, again = itertools.tee(converted)
-    sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)
-    shards = pack(sizes, max_requests=options.shard_requests, max_bytes=options.shard_bytes)
-    for (row, done), shard in zip(pairs, shards, strict=True):
-        yield row, done, shard
+    with closing(convert_all(selected, make, workers)) as converted:
+        kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted
+        pairs, again = itertools.tee(kept)
+        sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)
+        shards = pack(sizes, max_requests=options.shard_requests, max_bytes=options.shard_bytes)
+        for (row, done), shard in zip(pairs, shards, strict=True):
+            yield row, done, shard
 
 
 def _rejection(uri: str, row: Row, done: Converted) -> Rejection:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -27,7 +27,7 @@ _converter: Converter | None = None
 
 def convert_all(
     rows: Iterable[Row], make: Callable[[], Converter], workers: int | None
-) -> Iterator[tuple[Row, Converted]]:
+) -> Generator[tuple[Row, Converted]]:
     """Each row with what became of it, in order. `workers` None is one process for each core, none for few rows."""
     rows = iter(rows)
     first = list(itertools.islice(rows, 4 * BLOCK_ROWS))
