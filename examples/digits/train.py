@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from data import QUESTIONS, SIDE, split, truth
 from sklearn.datasets import load_digits
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import (
     Idefics3Config,
@@ -48,6 +48,8 @@ def make_processor() -> Idefics3Processor:
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(words)])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = splitter
+    # Without a decoder words are joined by spaces, and an answer after the prompt begins with one. Answers are one word.
+    inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers
         tokenizer_object=inner,
         pad_token="<pad>",
