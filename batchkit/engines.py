@@ -15,6 +15,7 @@ import psutil
 
 from batchkit import sessions
 from batchkit.backends import vllm
+from batchkit.division import Collected, Division, Plan
 from batchkit.errors import BatchkitError
 from batchkit.progress import Progress
 from batchkit.rounds import Group, Key, Pool, plan_room
@@ -22,6 +23,7 @@ from batchkit.runs import Run, Seal
 from batchkit.work import Leases, SpeedFile, Work
 
 POLL_SECONDS = 0.25
+FOLLOW_SECONDS = 2.0
 EXCUSE_SECONDS = 5.0
 
 
@@ -54,9 +56,11 @@ class _Active(msgspec.Struct, kw_only=True):
     """One engine at work, with what it was given. `shown` is how much of it the progress has counted."""
 
     start: vllm.Start
-    plan: sessions.Plan
+    plan: Plan
     group: Group
     shown: int = 0
+    division: Division | None = None
+    followed: float = 0.0
 
 
 class Engines:
@@ -87,6 +91,8 @@ class Engines:
     def go(self, pool: Pool) -> None:
         """Until nothing is left that can be done now. `pool` gets its requests from `take_fresh`."""
         self._pool = pool
+        for note in self._runner.notes:
+            self._progress.say(note)
         try:
             while self._fill() or self._active:
                 for slot in list(self._active):
@@ -134,9 +140,19 @@ class Engines:
         if end is not None:
             self._finish(slot, end)
             return
+        if self._runner.streams and time.monotonic() - active.followed > FOLLOW_SECONDS:
+            self._follow(active)
         done = min(active.start.done, len(active.group.keys))
         self._progress.update(done - active.shown, note=active.start.stage)
         active.shown = done
+
+    def _follow(self, active: _Active) -> None:
+        """Let `merge` see what a streaming engine has answered so far."""
+        if active.division is None:
+            output = self._run.engine_path(active.plan.session) / vllm.OUTPUT
+            active.division = Division(self._run, active.plan, self._seals, output)
+        active.division.follow()
+        active.followed = time.monotonic()
 
     def _finish(self, slot: int, end: vllm.End) -> None:
         active = self._active[slot]
@@ -154,7 +170,7 @@ class Engines:
         self._condemn(end)
         self._leases.release_all_but(self._busy_shards())
 
-    def _collect(self, active: _Active, *, died: bool, message: str) -> sessions.Collected:
+    def _collect(self, active: _Active, *, died: bool, message: str) -> Collected:
         found = sessions.collect(self._run, active.plan, self._seals, died=died, message=message)
         count = len(found.answered)
         self._progress.update(count - active.shown, note="")
@@ -164,7 +180,7 @@ class Engines:
         self._report.unanswered += count - found.answers
         return found
 
-    def _did_not_start(self, end: vllm.End, found: sessions.Collected) -> bool:
+    def _did_not_start(self, end: vllm.End, found: Collected) -> bool:
         """Whether the engine died before it came to its requests. Raises where another start would be of no use.
 
         An engine that has worked before is excused once: a GPU's memory is free only some time after an engine's end.

@@ -25,7 +25,7 @@ from batchkit import keeper
 from batchkit.errors import EngineError, StorageError
 from batchkit.keeper import end_session, members, start_time
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 1.0
 START_SECONDS = 30.0
 SOCKET_FOLDER_LENGTH = 60
 """A Unix socket's path has at most 107 bytes, and engines put names of 36 and more into the folder."""

@@ -28,8 +28,8 @@ import msgspec
 import xxhash
 
 from batchkit.backends import vllm
+from batchkit.division import Collected, Division, Part, Plan
 from batchkit.errors import RunBusyError, RunError
-from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.rounds import Key
 from batchkit.runs import Attempt, Run, Seal, as_ranges, now
 from batchkit.storage import open_read, sync_folder, write_whole
@@ -37,32 +37,6 @@ from batchkit.storage import open_read, sync_folder, write_whole
 BACKEND = "vllm"
 ABANDONED_SECONDS = 3600
 """A folder without a plan belongs to a process that is making it, or died then: after an hour, to one that died."""
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What a start takes of one shard; `rows` are ranges of positions."""
-
-    shard: int
-    attempt: int
-    rows: list[tuple[int, int]]
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    session: str
-    parts: list[Part]
-
-
-class Collected(msgspec.Struct, kw_only=True):
-    """What came back: the lines that are responses, and what they say.
-
-    `answered` are the requests with a response of any kind, `answers` how many of these are answers, `passing` how
-    many failures may pass when sent again. `died`: lines said that the engine died.
-    """
-
-    answered: set[Key]
-    answers: int = 0
-    passing: int = 0
-    died: bool = False
 
 
 class Recovered(msgspec.Struct, kw_only=True):
@@ -144,21 +118,12 @@ def collect(run: Run, plan: Plan, seals: Mapping[int, Seal], *, died: bool, mess
     """Steps 6 and 7: divide the output among the shards, and close the attempts.
 
     `died`: the engine is known to have ended early, for which `message` is the reason; lines that say so have the same
-    effect. May be called again after
-    a kill at any point.
+    effect. May be called again after a kill at any point.
     """
     folder = run.engine_path(plan.session)
-    index = _index(run, plan, seals)
-    found = Collected(answered=set(), died=died)
-    places: dict[int, list[tuple[int, int]]] = {part.shard: [] for part in plan.parts}
-    output = folder / vllm.OUTPUT
-    for offset, line in _whole_lines(output):
-        shard = _judge(line, index, found, plan)
-        if shard is not None:
-            places[shard].append((offset, len(line)))
+    found = Division(run, plan, seals, folder / vllm.OUTPUT).finish()
+    found.died = found.died or died
     for part in plan.parts:
-        if places[part.shard]:
-            _copy(output, places[part.shard], run.responses_path(part.shard, part.attempt))
         _mark(run, plan, part, "died" if found.died else "collected", message if found.died else None)
     shutil.rmtree(folder, ignore_errors=True)
     return found
@@ -173,66 +138,6 @@ def condemn(run: Run, shard: int, position: int, custom_id: str, message: str) -
         stream.write(msgspec.json.encode(line) + b"\n")
     attempt.state, attempt.message = "collected", message
     run.write_job(job)
-
-
-def _index(run: Run, plan: Plan, seals: Mapping[int, Seal]) -> dict[str, Key]:
-    """The custom_ids that were asked → shard and position."""
-    index: dict[str, Key] = {}
-    for part in plan.parts:
-        seal = seals[part.shard]
-        ids = run.read_ids(seal)
-        rejected = {rejection.position for rejection in seal.rejected}
-        for start, end in part.rows:
-            for position in range(start, end):
-                if position not in rejected:
-                    index[ids[position - seal.start]] = (part.shard, position)
-    return index
-
-
-def _judge(line: bytes, index: Mapping[str, Key], found: Collected, plan: Plan) -> int | None:
-    """Count one line; the shard whose response it is, None where it is none."""
-    try:
-        response = parse(line)
-    except UnreadableLine:
-        return plan.parts[0].shard  # whatever it is: kept, and counted by merge
-    if response.engine_died:
-        found.died = True
-        return None
-    key = index.get(response.custom_id)
-    if key is None:
-        return plan.parts[0].shard
-    found.answered.add(key)
-    found.answers += response.verdict in ANSWERS
-    found.passing += response.passing
-    return key[0]
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Offsets and lines, without blank ones, and without a last one that a kill has cut in half."""
-    if not path.exists():
-        return
-    offset = 0
-    with open_read(str(path)) as stream:
-        for line in stream:
-            bare = line.rstrip(b"\r\n")
-            if bare.strip() and (line.endswith(b"\n") or _is_whole(bare)):
-                yield offset, bare
-            offset += len(line)
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        parse(line)
-    except UnreadableLine:
-        return False
-    return True
-
-
-def _copy(source: Path, places: Sequence[tuple[int, int]], target: Path) -> None:
-    with open_read(str(source)) as stream, write_whole(target, durable=True) as out:
-        for offset, length in places:
-            stream.seek(offset)
-            out.write(stream.read(length) + b"\n")
 
 
 def _mark(

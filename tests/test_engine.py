@@ -23,7 +23,7 @@ from batchkit.preparation import prepare
 from batchkit.processes import Identity, read_identity
 from batchkit.responses import Verdict
 from batchkit.runs import Run
-from batchkit.submission import SubmitReport, submit
+from batchkit.submission import submit
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 ENGINE_ARGS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
@@ -168,5 +168,5 @@ def test_killed_in_the_middle_every_row_is_answered_once(tmp_path: Path) -> None
     )
     assert set(responses.values()) == {1}, "a request that had a response was sent again"
     assert kept > 0
-    left: SubmitReport = submit(run, engine_args=ENGINE_ARGS)
+    left = submit(run, engine_args=ENGINE_ARGS)
     assert (left.sent, left.exit_code) == (0, 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from batchkit import engines, outcomes, sessions, submission
+from batchkit import division, engines, outcomes, submission
 from batchkit.backends import vllm_install
 from batchkit.errors import EngineError, RunBusyError, RunError, StorageError, UsageError
 from batchkit.keeper import members
@@ -296,11 +296,11 @@ def test_a_disk_that_is_full_when_responses_are_written_loses_nothing(
     def full(source: Path, places: object, target: Path) -> None:
         if target.name.startswith("00002"):
             raise StorageError("disk full")
-        copy(source, places, target)  # type: ignore[arg-type]
+        write(source, places, target)  # type: ignore[arg-type]
 
-    copy = sessions._copy
+    write = division._write
     with monkeypatch.context() as patch:
-        patch.setattr(sessions, "_copy", full)
+        patch.setattr(division, "_write", full)
         with pytest.raises(StorageError):
             submit(run)
     assert verdicts(run) == {"answered": 100, "pending": 100}
@@ -315,7 +315,7 @@ SUBMIT = """
 import os, sys
 import pytest
 sys.path.insert(0, sys.argv[2])
-from batchkit import runs, sessions, storage
+from batchkit import division, runs, sessions
 from batchkit.backends import vllm
 from tests.test_submission import install_fake
 install_fake(pytest.MonkeyPatch(), (0, int(sys.argv[4])))
@@ -338,7 +338,7 @@ places = {
     "plan": (sessions, "_requests", "before"), "input": (runs.Run, "write_job", "before"),
     "intent": (runs.Run, "write_job", "after"), "laid": (sessions, "lay_down", "after"),
     "started": (vllm.Vllm, "start", "after"), "running": (sessions, "mark_running", "after"),
-    "output": (sessions, "collect", "before"), "response": (sessions, "_copy", "after"),
+    "output": (sessions, "collect", "before"), "response": (division, "_write", "after"),
     "mark": (sessions, "_mark", "after"), "folder": (sessions.shutil, "rmtree", "before"),
     "collected": (sessions, "collect", "after"),
 }
@@ -409,6 +409,17 @@ def test_killed_in_the_middle_the_engine_ends_and_its_lines_are_kept(
         assert report.sent < 100, "the flushed prefix was kept"
         asked = fake.starts
         assert set(asked[1]) < set(asked[0])
+
+
+def test_what_a_streaming_engine_has_answered_shows_while_it_runs(fake: Fake, make_run: MakeRun) -> None:
+    run = make_run(100)
+    fake.set(seconds=8, death="stream")
+    process = spawn(run, "none", minor=33)
+    wait_for(lambda: 0 < verdicts(run)["answered"] < 100)
+    assert verdicts(run)["pending"] > 0
+    assert process.wait(60) == 0
+    assert verdicts(run) == {"answered": 100}
+    assert_each_answered_by_its_own(run)
 
 
 def test_two_submits_never_work_on_one_shard(fake: Fake, make_run: MakeRun) -> None:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batchkit.backends import vllm_install
-from batchkit.backends.vllm_install import Gpu, Install, engine_command, engine_environment, given, split_gpus
+from batchkit.backends.vllm_install import (
+    Gpu,
+    Install,
+    engine_command,
+    engine_environment,
+    given,
+    kv_cache_gib,
+    split_cores,
+    split_gpus,
+)
 from batchkit.backends.vllm_log import LogTail, find_cause
 from batchkit.errors import EngineError, UsageError
 
 GPU = Install(version=(0, 20), text="0.20.1", cpu=False, module="vllm.entrypoints.openai.run_batch")
 CPU = Install(version=(0, 32), text="0.32.0", cpu=True, module="vllm.entrypoints.openai.run_batch")
+STREAMS = Install(version=(0, 33), text="0.33.0", cpu=False, module="vllm.entrypoints.launchers.run_batch")
 EIGHT = [Gpu(str(n), 81_559) for n in range(8)]
 
 
@@ -57,6 +70,13 @@ def test_the_limits_that_run_batch_has_no_good_defaults_for(
     assert tuple(words[len(words) - len(args) :]) == args
 
 
+def test_a_streaming_runner_is_kept_busy() -> None:
+    assert value_of("--max-inflight", command(STREAMS)) == ["2048"]
+    assert value_of("--max-inflight", command(STREAMS, "--max-num-seqs=64")) == ["128"]
+    assert value_of("--max-inflight", command(STREAMS, "--max_inflight", "5")) == []
+    assert value_of("--max-inflight", command(GPU)) == []
+
+
 def test_given_takes_every_spelling() -> None:
     assert given(["--a_b", "1", "--c=2", "--flag", "-tp", "4", "--empty="]) == {
         "--a-b": "1",
@@ -77,28 +97,42 @@ def test_given_takes_negative_numbers_and_json_as_values() -> None:
 # -- the environment -------------------------------------------------------------------------------------------------
 
 
-def environment(install: Install, base: dict[str, str], *args: str, gpus: tuple[str, ...] = ()) -> dict[str, str]:
-    return engine_environment(install, base=base, scratch=Path("/s"), args=args, gpus=gpus)
+def environment(base: dict[str, str], scratch: str = "/s", **wanted: Any) -> dict[str, str]:
+    return engine_environment(base=base, scratch=Path(scratch), **wanted)
 
 
 def test_the_cpu_build_does_not_reserve_all_memory() -> None:
-    assert 1 <= int(environment(CPU, {})["VLLM_CPU_KVCACHE_SPACE"]) <= 4
-    assert environment(CPU, {"VLLM_CPU_KVCACHE_SPACE": "40"})["VLLM_CPU_KVCACHE_SPACE"] == "40"
-    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(CPU, {}, "--kv-cache-memory-bytes=1G")
-    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(GPU, {})
+    assert 1 <= kv_cache_gib(CPU, {}, (), 1) <= 4
+    assert kv_cache_gib(CPU, {"VLLM_CPU_KVCACHE_SPACE": "40"}, (), 1) == 0
+    assert kv_cache_gib(CPU, {}, ("--kv_cache_memory_bytes=1G",), 1) == 0
+    assert kv_cache_gib(GPU, {}, (), 1) == 0
+    assert environment({}, kv_cache_gib=3)["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment({})
 
 
 def test_what_ray_set_for_its_own_worker_is_taken_away_and_the_users_own_kept() -> None:
     inside = {"RAY_JOB_ID": "1", "RAY_ADDRESS": "x", "OMP_NUM_THREADS": "1", "HOME": "/h"}
-    assert environment(GPU, inside).keys().isdisjoint({"RAY_JOB_ID", "RAY_ADDRESS", "OMP_NUM_THREADS"})
+    assert environment(inside).keys().isdisjoint({"RAY_JOB_ID", "RAY_ADDRESS", "OMP_NUM_THREADS"})
     outside = {"RAY_ADDRESS": "x", "OMP_NUM_THREADS": "8"}
-    assert outside.items() <= environment(GPU, outside).items()
+    assert outside.items() <= environment(outside).items()
 
 
 def test_temporary_files_go_where_they_are_removed() -> None:
-    assert environment(GPU, {})["VLLM_RPC_BASE_PATH"] == "/s"
-    assert environment(GPU, {}, gpus=("2", "3"))["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert "CUDA_VISIBLE_DEVICES" not in environment(GPU, {})
+    assert environment({})["VLLM_RPC_BASE_PATH"] == "/s"
+    assert "TMPDIR" not in environment({}), "another disk than the user's own"
+    usual = f"{tempfile.gettempdir()}/s"
+    assert environment({}, usual)["TMPDIR"] == usual
+    assert environment({}, usual)["TORCHINDUCTOR_CACHE_DIR"].startswith(f"{tempfile.gettempdir()}/torchinductor_")
+
+
+def test_an_engine_is_bound_to_its_own_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment({}, gpus=("2", "3"))["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in environment({})
+    assert environment({}, cores="0,1")["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
+    assert split_cores(2, ()) == ["0,1", "2,3"]
+    assert split_cores(1, ()) == [None]
+    assert split_cores(2, ("-tp", "2")) == split_cores(9, ())[:2] == [None, None]
 
 
 # -- the GPUs --------------------------------------------------------------------------------------------------------
@@ -214,7 +248,7 @@ def test_progress_is_read_as_the_log_grows(tmp_path: Path) -> None:
         pytest.param("pydantic_core._pydantic_core.ValidationError: 1 validation error for BatchRequestInput\n", 1,
                      "request", "1 validation error", id="request"),
         pytest.param("(EngineCore pid=1) ERROR 11-21 07:43:56 [core.py:9] ValueError: No available memory\n"
-                     "RuntimeError: Engine core initialization failed.\n", 1, "memory", "No available memory", id="memory"),
+                     "RuntimeError: Engine core initialization failed.\n", 1, "memory", "No available", id="memory"),
         pytest.param(START, -9, "memory", "killed", id="killed-by-the-system"),
         pytest.param(START + READY + DIED, 0, "other", "EngineDeadError: EngineCore", id="died-with-exit-code-0"),
         pytest.param("a.b.CustomError: first\n" + DIED, 1, "other", "CustomError: first", id="root-cause-first"),

@@ -14,7 +14,7 @@ import msgspec
 
 from batchkit import processes
 from batchkit.backends import vllm_install
-from batchkit.backends.vllm_log import Cause, LogTail, find_cause
+from batchkit.backends.vllm_log import Cause, LineCount, LogTail, find_cause
 from batchkit.errors import BatchkitError, EngineError, StorageError, UsageError
 
 INPUT, OUTPUT, LOG, IDENTITY = "input.jsonl", "output.jsonl", "log.txt", "identity.json"
@@ -43,17 +43,23 @@ class Start:
         self._log = LogTail(folder / LOG)
         self._began = time.monotonic()
         self._startup: float | None = None
+        self._output = LineCount(folder / OUTPUT)
         self.folder = folder
         self.slot = slot
 
     @property
     def done(self) -> int:
         """How many requests the engine says it has finished."""
-        return self._log.done
+        return max(self._log.done, self._output.lines)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has come as far as taking requests."""
+        return self._log.ready or self._output.lines > 0
 
     @property
     def stage(self) -> str:
-        if self._log.ready:
+        if self.ready:
             return "running"
         return (
             f"{'loading the model' if self._log.loading else 'starting vLLM'}, {time.monotonic() - self._began:.0f} s"
@@ -73,13 +79,14 @@ class Start:
 
     def _look(self) -> None:
         self._log.read()
-        if self._log.ready and self._startup is None:
+        self._output.read()
+        if self.ready and self._startup is None:
             self._startup = time.monotonic() - self._began
 
     def _end(self, code: int) -> End:
         return End(
             exit_code=code,
-            ready=self._log.ready,
+            ready=self.ready,
             startup_seconds=self._startup,
             seconds=time.monotonic() - self._began,
             cause=find_cause(self.folder / LOG, code),
@@ -105,7 +112,13 @@ class Vllm:
         gpus = [] if self.install.cpu else vllm_install.list_gpus(environment)
         self._mib = min((gpu.mib for gpu in gpus), default=0)
         self._groups = vllm_install.split_gpus(gpus, replicas, args)
+        self._cores = vllm_install.split_cores(replicas, args) if self.install.cpu else [None] * replicas
         self._environment = environment
+        space = vllm_install.kv_cache_gib(self.install, environment, args, replicas)
+        self.notes = [f"vLLM on CPUs: {space} GiB for its cache; VLLM_CPU_KVCACHE_SPACE says another size"] * bool(
+            space
+        )
+        self._space = space
 
     @property
     def streams(self) -> bool:
@@ -114,6 +127,7 @@ class Vllm:
 
     def start(self, folder: Path, slot: int) -> Start:
         """Start an engine on `folder/input.jsonl`, on the GPUs of `slot` (below `replicas`)."""
+        folder = folder.absolute()
         scratch = processes.make_scratch()
         command = vllm_install.engine_command(
             self.install,
@@ -125,12 +139,11 @@ class Vllm:
             mib=self._mib,
         )
         environment = vllm_install.engine_environment(
-            self.install,
             base=self._environment,
             scratch=scratch,
-            args=self.args,
             gpus=self._groups[slot],
-            share=self.replicas,
+            cores=self._cores[slot],
+            kv_cache_gib=self._space,
         )
         engine = processes.start(
             command, environment=environment, log=folder / LOG, identity=folder / IDENTITY, scratch=scratch

@@ -120,11 +120,10 @@ def engine_command(
     command += ["--served-model-name", *names]
     options = given(args)
     # vLLM's table of defaults leaves its own batch runner out: it falls to 128 sequences and 2,048 tokens.
-    wanted = (
-        {}
-        if install.cpu
-        else {"--max-num-batched-tokens": 8192, "--max-num-seqs": 1024 if mib >= LARGE_GPU_MIB else 256}
-    )
+    sequences = 1024 if mib >= LARGE_GPU_MIB else 256
+    wanted = {} if install.cpu else {"--max-num-batched-tokens": 8192, "--max-num-seqs": sequences}
+    if install.streams:  # enough to keep the engine busy while the next ones are read and their images decoded
+        wanted["--max-inflight"] = 2 * int(options.get("--max-num-seqs") or sequences)
     for name, value in wanted.items():
         if name not in options:
             command += [name, str(value)]
@@ -132,17 +131,11 @@ def engine_command(
 
 
 def engine_environment(
-    install: Install,
-    *,
-    base: Mapping[str, str],
-    scratch: Path,
-    args: Sequence[str],
-    gpus: Sequence[str],
-    share: int = 1,
+    *, base: Mapping[str, str], scratch: Path, gpus: Sequence[str] = (), cores: str | None = None, kv_cache_gib: int = 0
 ) -> dict[str, str]:
-    """The engine's environment: `base` with what it needs, on `gpus` (none named: as `base` has it).
+    """The engine's environment: `base` with what it needs.
 
-    `share` is how many engines share the machine's memory.
+    It runs on `gpus` and `cores`, and reserves `kv_cache_gib` on CPUs; none named, none set.
     """
     environment = dict(base)
     if "RAY_JOB_ID" in environment or "RAY_RAYLET_PID" in environment:
@@ -153,16 +146,43 @@ def engine_environment(
     environment["VLLM_RPC_BASE_PATH"] = str(scratch)
     if str(scratch.parent) == tempfile.gettempdir():
         # What vLLM leaves behind when it is killed goes with the scratch folder; torch's cache is to stay where it is.
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch.parent}/torchinductor_{getpass.getuser()}")
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch.parent}/torchinductor_{_user()}")
         environment["TMPDIR"] = str(scratch)
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    if install.cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment and "--kv-cache-memory-bytes" not in given(args):
-        # Left alone, the CPU build reserves 0.92 of all memory, and does not start where that is not free.
-        quarter = psutil.virtual_memory().available // (4 * share * GIB)
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, quarter)))
+    if cores:
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    if kv_cache_gib:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
     return environment
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        return f"uid_{os.getuid()}"
+
+
+def kv_cache_gib(install: Install, environment: Mapping[str, str], args: Sequence[str], replicas: int) -> int:
+    """What to reserve for each engine on CPUs, in GiB; 0 where the user has said it, or there are GPUs.
+
+    Left alone, the CPU build reserves 0.92 of all memory, and does not start where that is not free.
+    """
+    if not install.cpu or "VLLM_CPU_KVCACHE_SPACE" in environment or "--kv-cache-memory-bytes" in given(args):
+        return 0
+    quarter: int = psutil.virtual_memory().available // (4 * replicas * GIB)
+    return max(1, min(4, quarter))
+
+
+def split_cores(replicas: int, args: Sequence[str]) -> list[str | None]:
+    """The cores of each engine on CPUs, since vLLM binds every engine to the same ones. None: vLLM's own choice."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = len(cores) // replicas
+    if replicas == 1 or size == 0 or group_size(args) > 1:
+        return [None] * replicas
+    return [",".join(map(str, cores[n * size : (n + 1) * size])) for n in range(replicas)]
 
 
 def list_gpus(environment: Mapping[str, str]) -> list[Gpu]:
@@ -179,13 +199,8 @@ def list_gpus(environment: Mapping[str, str]) -> list[Gpu]:
     return [Gpu(name, memory.get(name, 0)) for name in names if rows]
 
 
-def split_gpus(gpus: Sequence[Gpu], replicas: int, args: Sequence[str]) -> list[list[str]]:
-    """One group of GPUs for each engine; empty groups where there is nothing to split: the engine chooses.
-
-    Raises `UsageError` where there are not enough.
-    """
-    if replicas == 1 or not gpus:
-        return [[] for _ in range(replicas)]
+def group_size(args: Sequence[str]) -> int:
+    """How many GPUs one engine takes."""
     options = given(args)
     size = 1
     for names in (
@@ -194,6 +209,17 @@ def split_gpus(gpus: Sequence[Gpu], replicas: int, args: Sequence[str]) -> list[
         ("--data-parallel-size", "-dp"),
     ):
         size *= next((int(value) for name in names if (value := options.get(name)) and value.isdigit()), 1)
+    return size
+
+
+def split_gpus(gpus: Sequence[Gpu], replicas: int, args: Sequence[str]) -> list[list[str]]:
+    """One group of GPUs for each engine; empty groups where there is nothing to split: the engine chooses.
+
+    Raises `UsageError` where there are not enough.
+    """
+    if replicas == 1 or not gpus:
+        return [[] for _ in range(replicas)]
+    size = group_size(args)
     if size * replicas > len(gpus):
         raise UsageError(
             f"{replicas} replicas with {size} GPUs each need {size * replicas}, but there are {len(gpus)}",

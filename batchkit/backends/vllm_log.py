@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
 from pathlib import Path
@@ -90,6 +91,22 @@ class LogTail:
                 self.done, self.total, self.ready = int(found[1]), int(found[2]), True
             elif not self.loading and _LOADING.search(line):
                 self.loading = True
+
+
+class LineCount:
+    """Counts the lines of a file as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.lines = 0
+
+    def read(self) -> None:
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as stream:
+            stream.seek(self._offset)
+            while piece := stream.read(1 << 20):
+                self._offset += len(piece)
+                self.lines += piece.count(b"\n")
 
 
 def find_cause(path: Path, exit_code: int) -> Cause:
