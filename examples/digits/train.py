@@ -48,7 +48,7 @@ def make_processor() -> Idefics3Processor:
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(words)])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = splitter
-    # Without a decoder words are joined by spaces, and an answer after the prompt begins with one. Answers are one word.
+    # Without a decoder the words are joined by spaces, and each answer would begin with one. Answers are one word.
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers
         tokenizer_object=inner,
