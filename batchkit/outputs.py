@@ -7,6 +7,7 @@ of another name, `NAME.summary.json` and so on.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -176,7 +177,10 @@ def _compressed(ending: str, stream: IO[bytes]) -> Any:
 
         return lzma.LZMAFile(stream, "wb")
     if ending == ".zst":
-        import zstandard
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd  # what smart_open reads them with
 
-        return zstandard.ZstdCompressor().stream_writer(stream, closefd=False)
+        return zstd.ZstdFile(stream, "wb")
     return None
