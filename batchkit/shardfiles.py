@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sqlite3
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import xxhash
 
@@ -147,8 +145,8 @@ class IdsSeen:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="batchkit-")
-        self._ids = sqlite3.connect(Path(self._folder.name) / "ids.sqlite", isolation_level=None)
+        # An empty name is a temporary file of SQLite's own, which is gone with the process, however that ends.
+        self._ids = sqlite3.connect("", isolation_level=None)
         # What a crash leaves of it is worthless: no journal, no fsync.
         self._ids.execute("PRAGMA journal_mode = OFF")
         self._ids.execute("PRAGMA synchronous = OFF")
