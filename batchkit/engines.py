@@ -190,7 +190,7 @@ class Engines:
         if end.exit_code == 0 or end.ready or found.answered or end.cause.kind == "request":
             self._excused = False
             return False
-        if self._excused or self._speed.known is None:
+        if self._excused or self._speed.known is None or end.cause.kind not in ("memory", "other"):
             raise self._runner.explain(end)
         self._excused = True
         self._progress.say(f"vLLM did not start ({end.cause.text}), though it did before: once more")

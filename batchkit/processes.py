@@ -154,11 +154,6 @@ def read_identity(path: Path) -> Identity | None:
         return None
 
 
-def is_alive(identity: Identity) -> bool:
-    """Whether the engine's main process, and not another with its number, still runs."""
-    return start_time(identity.pid) == identity.started and identity.pid in members(identity.pid)
-
-
 def end_left_over(identity: Identity) -> bool:
     """End what is left of an engine whose batchkit has died. Returns whether there was anything to end.
 

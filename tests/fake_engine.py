@@ -7,6 +7,7 @@ FAKE_ENGINE in the environment is a JSON object:
     death       how: "lines" (error lines for what was open, exit 0: vLLM to 0.32), "crash" (no output, exit 1),
                 "stream" (a flushed prefix, exit 1: vLLM 0.33), "half" (a flushed prefix, then half a line, SIGKILL)
     startup     text to end with, before any request is taken
+    late        the numbers of the starts that end before any request is taken, out of memory
     hang        take the requests, and never answer
     seconds     how long the whole work takes
     flaky       how many starts die at once, before the rest go well
@@ -35,6 +36,8 @@ def main() -> None:
     requests = [json.loads(line) for line in Path(options.source).read_text().splitlines()]
     ids = [request["custom_id"] for request in requests]
     starts = journal(faults, ids)
+    if starts in faults.get("late", ()):
+        sys.exit("torch.OutOfMemoryError: the memory of an engine that has just ended is not free yet")
     report(0, len(ids))
     if starts <= faults.get("flaky", 0):
         sys.exit("RuntimeError: the engine is in a bad mood")

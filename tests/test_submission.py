@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from batchkit import division, engines, outcomes, submission
+from batchkit import division, engines, outcomes, rounds, submission
 from batchkit.backends import vllm_install
 from batchkit.errors import EngineError, RunBusyError, RunError, StorageError, UsageError
 from batchkit.keeper import members
@@ -243,6 +243,19 @@ def test_an_engine_that_never_answers_is_broken_and_fails_nothing(fake: Fake, ma
     assert submit(run).exit_code == 0
 
 
+def test_an_engine_that_has_worked_is_excused_one_failed_start(
+    fake: Fake, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "FIRST_ROUND", 50)
+    run = make_run(100)
+    fake.set(late=[2])
+    assert submit(run).exit_code == 0
+    fake.set(late=[4, 5])
+    with pytest.raises(EngineError, match="memory"):
+        submit(run, retry=frozenset({Verdict.ANSWERED}))
+    assert verdicts(run) == {"answered": 100}
+
+
 def test_a_pilot_of_one_that_kills_the_engine_is_the_engines_fault(fake: Fake, make_run: MakeRun) -> None:
     fake.set(flaky=1000)
     run = make_run(10)
@@ -390,12 +403,13 @@ def test_killed_in_the_middle_the_engine_ends_and_its_lines_are_kept(
     fake: Fake, make_run: MakeRun, number: signal.Signals, minor: int
 ) -> None:
     run = make_run(100)
-    fake.set(seconds=20, death="stream" if minor == 33 else "lines")
+    fake.set(seconds=20, death="stream", hang=minor == 32)
     process = spawn(run, "none", minor)
-    folder = wait_for(lambda: next((run.path / "engine").glob("*/output.jsonl"), None)).parent
+    folder = wait_for(lambda: next((run.path / "engine").glob("*/log.txt"), None)).parent
+    wait_for(lambda: "Running batch" in (folder / "log.txt").read_text())
     identity = read_identity(folder / "identity.json")
     assert identity is not None
-    wait_for(lambda: (folder / "output.jsonl").read_bytes().count(b"\n") > 5 or minor == 32)
+    wait_for(lambda: minor == 32 or (folder / "output.jsonl").read_bytes().count(b"\n") > 5)
     os.kill(process.pid, number)
     assert process.wait(20) in (-9, 128 + 15, 1, 130, -2)
     wait_for(lambda: members(identity.pid) == [])

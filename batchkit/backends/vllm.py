@@ -6,6 +6,7 @@ It knows of files in a folder, not of rows, shards or runs: `input.jsonl` in, `o
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ class Vllm:
         self.replicas = replicas
         self.args = tuple(args)
         self.model = model
-        environment = vllm_install.own_environment()
+        environment = dict(os.environ)
         gpus = [] if self.install.cpu else vllm_install.list_gpus(environment)
         self._mib = min((gpu.mib for gpu in gpus), default=0)
         self._groups = vllm_install.split_gpus(gpus, replicas, args)
@@ -174,7 +175,9 @@ class Vllm:
         }
         when = "ended while it ran" if end.ready else "did not start"
         message = said.get(cause.kind, f"vLLM {when}: {cause.text}")
-        return EngineError(message, hint=hints.get(cause.kind, "the end of vLLM's log is above"), detail=cause.tail)
+        return EngineError(
+            message, hint=hints.get(cause.kind, "the end of vLLM's own log may say more"), detail=cause.tail
+        )
 
 
 def end_left_over(folder: Path) -> bool:

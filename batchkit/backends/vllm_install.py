@@ -226,7 +226,3 @@ def split_gpus(gpus: Sequence[Gpu], replicas: int, args: Sequence[str]) -> list[
             hint=f"--replicas {max(1, len(gpus) // size)}",
         )
     return [[gpu.name for gpu in gpus[n * size : (n + 1) * size]] for n in range(replicas)]
-
-
-def own_environment() -> dict[str, str]:
-    return dict(os.environ)
