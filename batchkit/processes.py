@@ -183,8 +183,8 @@ def _bears(pid: int, identity: Identity) -> bool:
 
 def make_scratch() -> Path:
     """A new folder for an engine's sockets, with a path short enough for them."""
-    folder = Path(tempfile.mkdtemp(prefix="batchkit-"))
+    folder = Path(tempfile.mkdtemp(prefix="bkit-"))
     if len(str(folder).encode()) <= SOCKET_FOLDER_LENGTH:
         return folder
     folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="batchkit-", dir="/tmp"))
+    return Path(tempfile.mkdtemp(prefix="bkit-", dir="/tmp"))
