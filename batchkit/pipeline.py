@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from batchkit.options import PrepareKeywords
-from batchkit.preparation import Report, prepare
+from batchkit.preparation import prepare
 from batchkit.progress import Console, Silent
+from batchkit.tallies import Report
 
 if TYPE_CHECKING:
     from batchkit.engines import SubmitReport

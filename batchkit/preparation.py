@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Unpack
-
-import msgspec
 
 import batchkit
 from batchkit import options as prepare_options
@@ -19,33 +16,13 @@ from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.progress import Progress, Silent
-from batchkit.runs import FORMAT, Input, Manifest, Prepared, Rejection, Run, Seal, now
+from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, is_intact, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
 from batchkit.storage import is_remote
-from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, first_row, read_rows
+from batchkit.tallies import Report, Tally
+from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
 from batchkit.workers import convert_all
-
-SHOWN_REJECTIONS = 5
-"""So many messages of rejected rows are shown; the seals hold all of them."""
-
-
-class Report(msgspec.Struct, kw_only=True):
-    """What `prepare` did, or with `plan` would do. `reasons` counts the rejected rows by code.
-
-    `first_rejections` are the first few messages; `already` says that the run was complete before.
-    """
-
-    shards: int = 0
-    rows: int = 0
-    requests: int = 0
-    rejected: int = 0
-    requests_bytes: int = 0
-    largest_shard_bytes: int = 0
-    reasons: dict[str, int] = {}
-    first_rejections: list[str] = []
-    names_in_use: list[str] = []
-    already: bool = False
 
 
 def prepare(
@@ -91,6 +68,7 @@ def plan(
     """What `prepare` would make, exactly: every row is converted, nothing is written."""
     uri, options = _settle(tasks, keywords)
     tally = Tally()
+    _announce(uri, options, progress)
     draft: ShardDraft | None = None
     root = _image_root(uri, options)
     with closing(_sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded:
@@ -194,11 +172,13 @@ def _shown(value: object) -> str:
 def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict: bool, progress: Progress) -> Report:
     """Go on behind the last sealed shard, up to the seal of the preparation."""
     tally = Tally()
+    uri = run.manifest.input.uri
     place, shards = FILE_START, 0
     seen = IdsSeen()
     for seal in itertools.takewhile(lambda seal: is_intact(run, seal), run.seals()):
         tally.add(seal)
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
+    _announce(uri, options, progress)
     progress.update(tally.report.rows)
     finished = run.prepared()
     if finished is not None and finished.shards == shards:
@@ -209,7 +189,6 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
             seen.update(run.read_ids(seal))
     remove_leftovers(run)
     root = run.manifest.options["image_root"]
-    uri = run.manifest.input.uri
     with closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded:
         for seal in _written(run, shards, sharded, strict, progress):
             tally.add(seal)
@@ -240,6 +219,14 @@ def _written(
             writer.close()
 
 
+def _announce(uri: str, options: PrepareOptions, progress: Progress | None) -> None:
+    """Tell the progress how many rows there are to come, about."""
+    rows = count_rows(uri)
+    if progress is not None and rows is not None:
+        stop = rows if options.stop is None else min(options.stop, rows)
+        progress.grow(max(0, stop - options.start))
+
+
 def _sharded(
     uri: str, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
 ) -> Generator[tuple[Row, Converted, int]]:
@@ -268,42 +255,3 @@ def _rejection(uri: str, row: Row, done: Converted) -> Rejection:
         code=done.code,
         message=f"{name}:{row.line}: {done.message}",
     )
-
-
-class Tally:
-    """Adds up seals."""
-
-    def __init__(self) -> None:
-        self.report = Report()
-        self._rows_bytes = 0
-        self._reasons: Counter[str] = Counter()
-        self._names: set[str] = set()
-
-    def add(self, seal: Seal) -> None:
-        report = self.report
-        report.shards += 1
-        report.rows += seal.end - seal.start
-        report.requests += seal.requests
-        report.rejected += len(seal.rejected)
-        report.requests_bytes += seal.requests_bytes
-        report.largest_shard_bytes = max(report.largest_shard_bytes, seal.requests_bytes)
-        self._rows_bytes += seal.rows_bytes
-        self._reasons.update(rejection.code for rejection in seal.rejected)
-        report.reasons = dict(self._reasons.most_common())
-        room = SHOWN_REJECTIONS - len(report.first_rejections)
-        report.first_rejections += [rejection.message for rejection in seal.rejected[:room]]
-        self._names.update(seal.names_in_use)
-        report.names_in_use = sorted(self._names)
-
-    def prepared(self) -> Prepared:
-        report = self.report
-        return Prepared(
-            shards=report.shards,
-            rows=report.rows,
-            requests=report.requests,
-            rejected=report.rejected,
-            rows_bytes=self._rows_bytes,
-            requests_bytes=report.requests_bytes,
-            names_in_use=report.names_in_use,
-            finished=now(),
-        )

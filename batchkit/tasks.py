@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +22,9 @@ from batchkit.storage import is_plain_local, open_read
 BOM = b"\xef\xbb\xbf"
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body"})
 """The keys of a request in OpenAI batch format (platform.openai.com/docs/guides/batch)."""
+
+COUNTED_BYTES = 2_000_000_000
+"""Files up to this size are counted before they are read: that takes a second."""
 
 DEFAULT_IMAGE_FIELD = "image"
 DEFAULT_ID_FIELD = "id"
@@ -84,6 +88,17 @@ def read_rows(uri: str, start: Place = FILE_START) -> Iterator[Row]:
                     yield Row(position, number, raw, offset)
                 position += 1
             number += 1
+
+
+def count_rows(uri: str) -> int | None:
+    """About how many rows a task file has (blank lines count, too), for a progress bar.
+
+    None where counting would take long: compressed, remote or large files.
+    """
+    if not is_plain_local(uri) or Path(uri).stat().st_size > COUNTED_BYTES:
+        return None
+    with open_read(uri) as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
 def make_custom_id(position: int, identity: bytes) -> str:
