@@ -91,7 +91,7 @@ class Engines:
     def go(self, pool: Pool) -> None:
         """Until nothing is left that can be done now. `pool` gets its requests from `take_fresh`."""
         self._pool = pool
-        for note in self._runner.notes:
+        for note in self._runner.notes if self._work.due else ():
             self._progress.say(note)
         try:
             while self._fill() or self._active:
@@ -151,7 +151,8 @@ class Engines:
         if active.division is None:
             output = self._run.engine_path(active.plan.session) / vllm.OUTPUT
             active.division = Division(self._run, active.plan, self._seals, output)
-        active.division.follow()
+        with contextlib.suppress(OSError):  # a full disk shows again when the engine has ended; nothing is lost
+            active.division.follow()
         active.followed = time.monotonic()
 
     def _finish(self, slot: int, end: vllm.End) -> None:
