@@ -57,6 +57,7 @@ def test_the_command_names_input_output_and_model() -> None:
     [
         pytest.param(GPU, 81_559, (), ["1024"], ["8192"], id="large-gpu"),
         pytest.param(GPU, 24_564, (), ["256"], ["8192"], id="small-gpu"),
+        pytest.param(CPU, 0, (), ["256"], [], id="cpu"),
         pytest.param(GPU, 81_559, ("--max-num-seqs", "7"), ["7"], ["8192"], id="users-own"),
         pytest.param(GPU, 81_559, ("--max_num_batched_tokens=99",), ["1024"], [], id="users-own-other-spelling"),
     ],

@@ -121,7 +121,9 @@ def engine_command(
     options = given(args)
     # vLLM's table of defaults leaves its own batch runner out: it falls to 128 sequences and 2,048 tokens.
     sequences = 1024 if mib >= LARGE_GPU_MIB else 256
-    wanted = {} if install.cpu else {"--max-num-batched-tokens": 8192, "--max-num-seqs": sequences}
+    wanted = {"--max-num-seqs": sequences}
+    if not install.cpu:  # there its start-up would compute as many tokens once, which takes minutes for a large model
+        wanted["--max-num-batched-tokens"] = 8192
     if install.streams:  # enough to keep the engine busy while the next ones are read and their images decoded
         wanted["--max-inflight"] = 2 * int(options.get("--max-num-seqs") or sequences)
     for name, value in wanted.items():
