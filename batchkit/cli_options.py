@@ -111,7 +111,7 @@ submit_options = add_options(
     click.option(
         "--retry",
         metavar="VERDICTS",
-        help="Send rows with these verdicts again, too: failed,truncated,refused,invalid…",
+        help="Send rows with these verdicts again, too: failed,truncated,refused…",
     ),
     click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
 )

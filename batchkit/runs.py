@@ -7,18 +7,17 @@ are not rows); ranges are half-open, `[start, end)`.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import os
 import re
-import socket
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from batchkit.errors import RunBusyError, RunError, StorageError
+from batchkit import leases
+from batchkit.errors import RunError, StorageError
 from batchkit.storage import open_read, read_lines, write_whole
 
 FORMAT = 1
@@ -116,15 +115,6 @@ class Attempt(msgspec.Struct, kw_only=True):
 class Job(msgspec.Struct, kw_only=True):
     shard: int
     attempts: list[Attempt] = []
-
-
-class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """Who holds a lease."""
-
-    host: str
-    pid: int
-    since: str
-    command: str
 
 
 T = TypeVar("T")
@@ -271,45 +261,12 @@ class Run:
         """The folder of one engine start: its input, output and log, and who runs it."""
         return self.path / "engine" / session
 
-    # -- leases --------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def lease(self, name: str) -> Iterator[None]:
+    def lease(self, name: str) -> AbstractContextManager[None]:
         """Hold `name` (`prepare`, `merge`, or a shard's number) until the block ends or this process dies.
 
-        The lock is the operating system's, so a holder that died blocks nobody. Raises `RunBusyError`, which says who
-        holds it, at once.
+        Raises `RunBusyError`, which says who holds it, at once.
         """
-        import filelock
-
-        folder = self.path / "leases"
-        folder.mkdir(exist_ok=True)
-        lock = filelock.FileLock(folder / f"{name}.lock", timeout=0)
-        info = folder / f"{name}.json"
-        try:
-            lock.acquire()
-        except filelock.Timeout as exc:
-            raise RunBusyError(
-                f"{self.path}: {_held(name)} is held by {self._describe(info)}",
-                hint="wait for it to end, or stop it; run this again then",
-            ) from exc
-        try:
-            with write_whole(info) as stream:
-                stream.write(_pretty(Holder(host=socket.gethostname(), pid=os.getpid(), since=now(), command=name)))
-            yield
-        finally:
-            info.unlink(missing_ok=True)
-            lock.release()
-
-    def _describe(self, info: Path) -> str:
-        with contextlib.suppress(OSError, RunError):
-            holder = _read(info, Holder)
-            return f"process {holder.pid} on {holder.host}, since {holder.since}"
-        return "another process"
-
-
-def _held(name: str) -> str:
-    return f"shard {int(name)}" if name.isdigit() else f"the lease of {name}"
+        return leases.hold(self.path, name)
 
 
 def _root(path: str | Path) -> Path:

@@ -55,6 +55,7 @@ def submit(
         raise UsageError(f"unknown backend {backend!r}", hint=f"--backend {'|'.join(BACKENDS)}")
     if attempts < 1 or (limit is not None and limit < 0):
         raise UsageError("--attempts must be at least 1, and --limit no less than 0")
+    _refuse_senseless(retry)
     progress = progress or Silent()
     seals = _sealed(run, progress)
     chosen = _select(list(seals.values()), shards)
@@ -102,6 +103,20 @@ def discard(run: Run | str | Path) -> int:
                 path.unlink()
             run.job_path(shard).unlink(missing_ok=True)
     return count
+
+
+def _refuse_senseless(retry: frozenset[Verdict]) -> None:
+    """Refuse verdicts that no sending can change, or that only `merge` knows."""
+    if Verdict.REJECTED in retry:
+        raise UsageError(
+            "--retry rejected: these rows never became requests",
+            hint="mend the rows (retry.jsonl of merge lists them) and prepare them into a new run",
+        )
+    if Verdict.INVALID in retry:
+        raise UsageError(
+            "--retry invalid: which answers do not parse is known to merge alone, by its --parse",
+            hint="batchkit prepare the rows again, or --retry answered to send all answered rows again",
+        )
 
 
 def _sealed(run: Run, progress: Progress) -> dict[int, Seal]:

@@ -179,7 +179,19 @@ def check_batch_line(fields: dict[str, Any]) -> str:
         raise RowError("field", f"body is {_kind(body)}, not an object")
     if not isinstance(body.get("model"), str):
         raise RowError("field", f"body.model is {_kind(body.get('model'))}, not text")
+    if fields["url"] == "/v1/chat/completions":
+        _check_messages(body)
     return custom_id
+
+
+def _check_messages(body: dict[str, Any]) -> None:
+    """What every chat backend needs: vLLM's runner stops at the first line without, after the model was loaded."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RowError("field", f"body.messages is {_kind(messages)}, not a list of messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RowError("field", f"body.messages[{index}] is not an object with a role")
 
 
 def first_row(uri: str) -> dict[str, Any] | None:
@@ -232,7 +244,7 @@ def _jq(program: str, uri: str) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "null or missing"
-    if value == "":
+    if value in ("", [], {}):
         return "empty"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

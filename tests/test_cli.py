@@ -65,6 +65,8 @@ def test_a_mistake_is_one_error_a_blank_line_and_a_hint(tmp_path: Path) -> None:
         (["merge"], "name a RUN, or --tasks and --responses"),
         (["merge", "RUN", "--tasks", "x"], "RUN goes without --tasks"),
         (["submit", "RUN", "--retry", "nonsense"], "--retry: 'nonsense' is not a valid Verdict"),
+        (["submit", "MADE", "--retry", "invalid"], "--retry invalid: which answers do not parse"),
+        (["submit", "MADE", "--retry", "failed,rejected"], "--retry rejected: these rows never became requests"),
         (["prepare", "TASKS", "RUN", "--model", "m", "--extra-body", "{"], "--extra-body is not valid JSON"),
         (["prepare", "TASKS", "RUN", "--model", "m", "--start", "5", "--end", "1"], "end 1 lies before start 5"),
         (["prepare", "TASKS", "RUN"], "no model is named"),
@@ -72,7 +74,8 @@ def test_a_mistake_is_one_error_a_blank_line_and_a_hint(tmp_path: Path) -> None:
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], message: str, write_tasks: WriteTasks, tmp_path: Path) -> None:
     tasks = write_tasks([{"question": "a"}])
-    named = {"TASKS": str(tasks), "RUN": str(tmp_path / "run")}
+    named = {"TASKS": str(tasks), "RUN": str(tmp_path / "run"), "MADE": str(tmp_path / "made")}
+    call("prepare", tasks, tmp_path / "made", "--model", "m")
     done = call(*[named.get(argument, argument) for argument in arguments])
     assert message in done.stderr
     assert done.exit_code == 2

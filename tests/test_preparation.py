@@ -387,7 +387,11 @@ def test_workers_do_not_outlive_a_killed_parent(write_tasks: WriteTasks, picture
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-BATCH = {"method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": []}}
+BATCH = {
+    "method": "POST",
+    "url": "/v1/chat/completions",
+    "body": {"model": "m", "messages": [{"role": "user", "content": "?"}]},
+}
 
 
 def test_a_batch_file_is_checked_sharded_and_kept_as_it_is(write_tasks: WriteTasks, tmp_path: Path) -> None:
@@ -396,10 +400,12 @@ def test_a_batch_file_is_checked_sharded_and_kept_as_it_is(write_tasks: WriteTas
         b' {"method" : "POST", "custom_id":"caf\xc3\xa9 2", "url":"/v1/embeddings",  "body":{"model":"m","input":1}}\r',
         {"custom_id": "request-1", **BATCH},
         {"custom_id": "request-3", **BATCH, "method": "GET"},
-        {"custom_id": "request-4", **BATCH, "body": {"model": "other"}},
+        {"custom_id": "request-4", **BATCH, "body": {"model": "other", "messages": MESSAGES}},
         {"custom_id": "request-5", **BATCH, "url": "/v1/images"},
         {"custom_id": 6, **BATCH},
         {"custom_id": "request-7", **BATCH, "url": "/v1/score"},
+        {"custom_id": "request-8", **BATCH, "body": {"model": "m", "messages": []}},
+        {"custom_id": "request-9", **BATCH, "body": {"model": "m", "messages": ["?"]}},
     ]
     tasks = write_tasks(rows)
     preparation.prepare(tasks, tmp_path / "run", max_requests=4)
@@ -414,6 +420,8 @@ def test_a_batch_file_is_checked_sharded_and_kept_as_it_is(write_tasks: WriteTas
         "tasks.jsonl:5: body.model is 'other', but the run's model is 'm'",
         "tasks.jsonl:6: url '/v1/images' is none that vllm runs (" + ", ".join(LIMITS["vllm"].endpoints) + ")",
         "tasks.jsonl:7: custom_id is a number, not text on one line",
+        "tasks.jsonl:9: body.messages is empty, not a list of messages",
+        "tasks.jsonl:10: body.messages[0] is not an object with a role",
     ]
     assert run.read_ids(next(run.seals()))[:2] == ["request-1", "café 2"]
 
