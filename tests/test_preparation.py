@@ -387,11 +387,8 @@ def test_workers_do_not_outlive_a_killed_parent(write_tasks: WriteTasks, picture
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-BATCH = {
-    "method": "POST",
-    "url": "/v1/chat/completions",
-    "body": {"model": "m", "messages": [{"role": "user", "content": "?"}]},
-}
+MESSAGES = [{"role": "user", "content": "?"}]
+BATCH = {"method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": MESSAGES}}
 
 
 def test_a_batch_file_is_checked_sharded_and_kept_as_it_is(write_tasks: WriteTasks, tmp_path: Path) -> None:
