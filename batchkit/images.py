@@ -8,6 +8,7 @@ decoded.
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,11 +209,13 @@ def _read(reference: str, root: Path) -> bytes:
     else:
         path = root / reference
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise RowError("image", f"image is {kind}: {reference}")
         return path.read_bytes()
     except FileNotFoundError:
         raise RowError("image", f"image not found: {reference}") from None
-    except IsADirectoryError:
-        raise RowError("image", f"image is a directory: {reference}") from None
     except (OSError, ValueError) as exc:
         raise RowError("image", f"image cannot be read: {_shown(reference)}: {exc}") from exc
 

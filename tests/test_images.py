@@ -169,3 +169,9 @@ def test_data_urls_are_checked_like_files(tmp_path: Path) -> None:
 def test_a_missing_image_is_named_as_the_row_names_it(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^image not found: photos/17\.jpg$"):
         load("photos/17.jpg", tmp_path, ImageOptions(media_types=WEB))
+
+
+@pytest.mark.parametrize(("reference", "message"), [("/dev/zero", "not a regular file"), ("/", "a directory")])
+def test_only_files_are_read(reference: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=f"^image is {message}: {reference}$"):
+        load(reference, tmp_path, ImageOptions(media_types=WEB))
