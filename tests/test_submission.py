@@ -166,7 +166,9 @@ def test_a_part_that_is_none_is_refused(fake: Fake, make_run: MakeRun, part: str
         submit(make_run(10), shards=part)
 
 
-@pytest.mark.parametrize("args", [("-i", "x"), ("--model=x",), ("--served_model_name", "x"), ("--output-file", "x")])
+@pytest.mark.parametrize(
+    "args", [("-i", "x"), ("--input-file=x",), ("--served_model_name", "x"), ("--output-file", "x")]
+)
 def test_arguments_that_batchkit_sets_are_refused(fake: Fake, make_run: MakeRun, args: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match="batchkit sets"):
         submit(make_run(10), engine_args=args)

@@ -52,6 +52,13 @@ def test_the_command_names_input_output_and_model() -> None:
     assert value_of("--model", words) == value_of("--served-model-name", words) == ["org/m"]
 
 
+@pytest.mark.parametrize("args", [("--model", "/weights/m"), ("--model=/weights/m",)])
+def test_the_weights_may_go_by_another_name_than_the_requests_carry(args: tuple[str, ...]) -> None:
+    words = command(GPU, *args)
+    assert value_of("--served-model-name", words) == ["org/m"]
+    assert value_of("--model", [part for word in words for part in word.split("=")]) == ["/weights/m"]
+
+
 @pytest.mark.parametrize(
     ("install", "mib", "args", "seqs", "tokens"),
     [

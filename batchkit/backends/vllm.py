@@ -160,17 +160,19 @@ class Vllm:
                 hint="free some disk space and run the same command again: it goes on where it stopped",
                 detail=cause.tail,
             )
+        weights = vllm_install.given(self.args).get("--model") or self.model
         said = {
             "argument": f"vLLM {self.install.text} does not take the arguments given to it: {cause.text}",
             "missing": "vLLM is not installed",
-            "model": f"vLLM cannot load the model {self.model}: {cause.text}",
+            "model": f"vLLM cannot load the model {weights}: {cause.text}",
             "memory": f"vLLM ran out of memory: {cause.text}",
         }
         less = "--gpu-memory-utilization 0.85" if not self.install.cpu else "--kv-cache-memory-bytes 1G"
         hints = {
             "argument": "correct the arguments behind --",
             "missing": "pip install 'batchkit-vlm[vllm]'",
-            "model": "prepare with --model as a folder that holds config.json, or a name on the model hub",
+            "model": "the weights are a folder that holds config.json, or a name on the model hub; where they go by "
+            "another name than the one prepared with: batchkit submit RUN -- --model FOLDER",
             "memory": f"give it less to hold, for example: -- --max-model-len 4096 {less}",
         }
         when = "ended while it ran" if end.ready else "did not start"

@@ -32,7 +32,6 @@ OURS = {
     "--input-file": "the input",
     "-o": "the output",
     "--output-file": "the output",
-    "--model": "the model (prepare names it)",
     "--served-model-name": "the name that the requests carry",
 }
 GIB = 1 << 30
@@ -114,11 +113,14 @@ def engine_command(
 ) -> list[str]:
     """The command that answers the requests of `source` into `target`.
 
-    `names` are the model names that the requests carry; `mib` is the memory of one GPU, 0 where there is none.
+    `names` are the model names that the requests carry; `mib` is the memory of one GPU, 0 where there is none. A
+    `--model` among `args` says where the weights are, if they go by another name than `model`.
     """
-    command = [sys.executable, "-m", install.module, "-i", str(source), "-o", str(target), "--model", model]
-    command += ["--served-model-name", *names]
+    command = [sys.executable, "-m", install.module, "-i", str(source), "-o", str(target)]
     options = given(args)
+    if "--model" not in options:
+        command += ["--model", model]
+    command += ["--served-model-name", *names]
     # vLLM's table of defaults leaves its own batch runner out: it falls to 128 sequences and 2,048 tokens.
     sequences = 1024 if mib >= LARGE_GPU_MIB else 256
     wanted = {"--max-num-seqs": sequences}

@@ -23,6 +23,7 @@ _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))\
 _SECOND_HAND = re.compile(r"EngineDeadError|RuntimeError: Engine core init")
 _CHATTER = re.compile(
     r"^(?:\([^)]*pid=\d+\)\s*)?(?:INFO|DEBUG) |it/s\]|req/s\]|\[transformers\]|Warning: |^Triton is installed"
+    r"|^Retrying in \d+s|thrown while requesting "
 )
 
 _CAUSES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
