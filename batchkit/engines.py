@@ -206,7 +206,8 @@ class Engines:
     def _condemn(self, end: vllm.End) -> None:
         for (shard, position), deaths in self._pool.condemned():
             custom_id = self._run.read_ids(self._seals[shard])[position - self._seals[shard].start]
-            message = f"the engine died {deaths} times with this request, the last time alone"
+            times = f"{deaths} times" if deaths > 1 else "once"
+            message = f"the engine died {times} with this request, the last time alone: {end.cause.text}"
             sessions.condemn(self._run, shard, position, custom_id, message)
             self._progress.say(f"gave up request {custom_id}: the engine died {deaths} times with it")
             self._progress.update(1)
