@@ -202,22 +202,20 @@ def _jpeg_scan(data: bytes) -> int:
 def _read(reference: str, root: Path) -> bytes:
     if reference.startswith("data:"):
         return _from_data_url(reference)
-    if reference.startswith("file://"):
-        path = Path(unquote(urlsplit(reference).path))
-    elif "://" in reference:
+    if "://" in reference and not reference.startswith("file://"):
         raise RowError("image", f"remote images are not read by this version: {_shown(reference)}")
-    else:
-        path = root / reference
     try:
+        path = Path(unquote(urlsplit(reference).path)) if reference.startswith("file://") else root / reference
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise RowError("image", f"image is {kind}: {reference}")
+            raise RowError("image", f"image is {kind}: {_shown(reference)}")
         return path.read_bytes()
     except FileNotFoundError:
-        raise RowError("image", f"image not found: {reference}") from None
+        raise RowError("image", f"image not found: {_shown(reference)}") from None
     except (OSError, ValueError) as exc:
-        raise RowError("image", f"image cannot be read: {_shown(reference)}: {exc}") from exc
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise RowError("image", f"image cannot be read: {_shown(reference)}: {why}") from exc
 
 
 def _from_data_url(url: str) -> bytes:

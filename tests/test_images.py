@@ -166,6 +166,13 @@ def test_data_urls_are_checked_like_files(tmp_path: Path) -> None:
         load("data:image/png;base64,@@@", tmp_path, ImageOptions(media_types=WEB))
 
 
+@pytest.mark.parametrize("reference", ["file://[x/a.png", "a\0.png", "x" * 300, "/" * 3 + "x/" * 2500])
+def test_a_reference_that_is_no_path_is_an_error_of_its_row(reference: str, tmp_path: Path) -> None:
+    with pytest.raises(RowError) as caught:
+        load(reference, tmp_path, ImageOptions(media_types=WEB))
+    assert len(caught.value.message) < 400
+
+
 def test_a_missing_image_is_named_as_the_row_names_it(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^image not found: photos/17\.jpg$"):
         load("photos/17.jpg", tmp_path, ImageOptions(media_types=WEB))
