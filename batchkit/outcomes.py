@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import xxhash
 
 from batchkit.errors import RunError
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
-from batchkit.runs import Attempt, Rejection, Run, Seal
+from batchkit.runs import PREPARE_AGAIN, Attempt, Rejection, Run, Seal
 from batchkit.storage import open_read
 
 _OVER = frozenset({"collected", "died"})
@@ -83,7 +84,7 @@ def _read_ids(run: Run, seal: Seal) -> list[str]:
 
 
 def damaged(path: Path, what: str) -> RunError:
-    return RunError(f"{path}: {what}", hint="restore the file from a copy of the run")
+    return RunError(f"{path}: {what}", hint=f"rm {shlex.quote(str(path))}, and {PREPARE_AGAIN}")
 
 
 def _read_responses(

@@ -17,7 +17,7 @@ from batchkit.errors import InputError, RunError, UsageError
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.progress import Progress, Silent
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
-from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, is_intact, remove_leftovers, rows_unchanged
+from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
 from batchkit.storage import is_remote
 from batchkit.tallies import Report, Tally
@@ -175,7 +175,7 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
     uri = run.manifest.input.uri
     place, shards = FILE_START, 0
     seen = IdsSeen()
-    for seal in itertools.takewhile(lambda seal: is_intact(run, seal), run.seals()):
+    for seal in intact_seals(run):
         tally.add(seal)
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
     _announce(uri, options, progress)

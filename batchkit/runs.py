@@ -23,6 +23,8 @@ from batchkit.storage import open_read, read_lines, write_whole
 FORMAT = 1
 """Version of the layout. A run of another version is refused."""
 
+FOLDERS = ("rows", "requests", "jobs", "responses")
+
 OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 """The fields that a result adds to its row, in this order."""
 
@@ -117,6 +119,8 @@ class Job(msgspec.Struct, kw_only=True):
     attempts: list[Attempt] = []
 
 
+PREPARE_AGAIN = "prepare again with the same options: what is missing or damaged is made anew"
+
 T = TypeVar("T")
 
 
@@ -149,10 +153,10 @@ class Run:
     def create(cls, path: str | Path, manifest: Manifest) -> Run:
         """Make the directory and write its manifest. Raises `RunError` where the path holds something else."""
         root = _root(path)
-        if root.is_file() or (root.is_dir() and any(entry.name != "leases" for entry in root.iterdir())):
+        if root.is_file() or (root.is_dir() and not all(map(_is_begun, root.iterdir()))):
             raise RunError(f"{root}: exists and is not a run directory", hint="name a new directory for the run")
         try:
-            for folder in ("rows", "requests", "jobs", "responses"):
+            for folder in FOLDERS:
                 (root / folder).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}") from exc
@@ -204,11 +208,14 @@ class Run:
             stream.write(_pretty(seal))
 
     def seals(self) -> Iterator[Seal]:
-        """The sealed shards, in order."""
+        """The sealed shards, in order. Raises `RunError` where one is damaged, or lost of a finished preparation."""
+        prepared = self.prepared()
         shard = 0
         while (path := self.seal_path(shard)).exists():
-            yield _read(path, Seal)
+            yield _read(path, Seal, hint=PREPARE_AGAIN)
             shard += 1
+        if prepared is not None and shard < prepared.shards:
+            raise RunError(f"{path}: is missing, of {prepared.shards:,} shards", hint=PREPARE_AGAIN)
 
     def read_ids(self, seal: Seal) -> list[str]:
         """The custom_ids of the shard's rows: `ids[i]` is that of position `seal.start + i`."""
@@ -275,12 +282,19 @@ def _root(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
+def _is_begun(entry: Path) -> bool:
+    """Whether a directory with this in it may be what a `create` that was stopped before the manifest has left."""
+    if entry.name in FOLDERS:
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name == "leases" or entry.name.startswith(".manifest.json.")
+
+
 def _pretty(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
-def _read(path: Path, kind: type[T]) -> T:
+def _read(path: Path, kind: type[T], *, hint: str = "restore the file from a copy of the run") -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as exc:
-        raise RunError(f"{path}: damaged: {exc}", hint="restore the file from a copy of the run") from exc
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as exc:
+        raise RunError(f"{path}: damaged: {exc}", hint=hint) from exc

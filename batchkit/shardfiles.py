@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import xxhash
 
 from batchkit.conversion import Converted
-from batchkit.errors import StorageError
+from batchkit.errors import RunError, StorageError
 from batchkit.runs import Rejection, Run, Seal
 from batchkit.storage import write_whole
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
@@ -108,13 +108,22 @@ class _AbandonedError(Exception):
     """Unwinds the open files of a shard that is not finished."""
 
 
-def is_intact(run: Run, seal: Seal) -> bool:
-    """Whether the files of a sealed shard are there in their full size; if not, `prepare` makes them again."""
+def intact_seals(run: Run) -> Iterator[Seal]:
+    """The sealed shards up to the first that is damaged or lost: from there on `prepare` makes them again.
+
+    Rows and requests are checked by their sizes alone, so that a resume need not read the whole run.
+    """
+    with contextlib.suppress(RunError):
+        yield from itertools.takewhile(lambda seal: _is_intact(run, seal), run.seals())
+
+
+def _is_intact(run: Run, seal: Seal) -> bool:
     try:
         sizes = [path.stat().st_size for path in (run.rows_path(seal.shard), run.requests_path(seal.shard))]
+        ids = run.ids_path(seal.shard).read_bytes()
     except OSError:
         return False
-    return sizes == [seal.rows_bytes, seal.requests_bytes] and run.ids_path(seal.shard).exists()
+    return sizes == [seal.rows_bytes, seal.requests_bytes] and xxhash.xxh3_128_hexdigest(ids) == seal.ids_checksum
 
 
 def remove_leftovers(run: Run) -> None:
@@ -127,7 +136,7 @@ def remove_leftovers(run: Run) -> None:
 def rows_unchanged(run: Run, uri: str) -> bool:
     """Whether the rows of `uri` are still those of the sealed shards, by their checksums."""
     place = FILE_START
-    for seal in run.seals():
+    for seal in intact_seals(run):
         digest = xxhash.xxh3_128()
         for row in itertools.takewhile(lambda row: row.position < seal.end, read_rows(uri, place)):  # noqa: B023
             if row.position >= seal.start:

@@ -238,6 +238,20 @@ def test_damaged_rows_are_a_run_error_and_nothing_is_written(made: MadeRun, chan
     assert not (made.run.path / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_lost_or_damaged_seal_is_a_run_error_not_fewer_results(made: MadeRun, content: bytes | None) -> None:
+    made.finish()
+    path = made.run.seal_path(made.shards - 1)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunError) as caught:
+        merge(made.run)
+    assert str(path) in caught.value.message
+    assert "prepare again" in (caught.value.hint or "")
+    assert not (made.run.path / "results.jsonl").exists()
+
+
 def test_two_merges_of_a_run_do_not_meet(made: MadeRun) -> None:
     with made.run.lease("merge"), pytest.raises(RunBusyError, match="merge"):
         merge(made.run)

@@ -293,6 +293,35 @@ def test_what_was_lost_of_a_finished_run_is_made_again(lost: str, write_tasks: W
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(
+    "damaged", ["requests/00001.jsonl", "requests/00001.json", "rows/00002.jsonl", "rows/00000.ids"]
+)
+def test_what_was_cut_off_of_a_finished_run_is_made_again(
+    damaged: str, write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    tasks = write_tasks([{"question": str(n)} for n in range(10)])
+    preparation.prepare(tasks, tmp_path / "run", model="m", max_requests=3)
+    before = files(tmp_path / "run")
+    os.truncate(tmp_path / "run" / damaged, 10)
+    os.utime(tasks, (1, 1))  # as if the file had been copied: the rows are compared, too
+    assert not preparation.prepare(tasks, tmp_path / "run", model="m", max_requests=3).already
+    assert files(tmp_path / "run") == before
+
+
+def test_a_run_that_was_stopped_before_its_manifest_is_made_by_the_same_command(
+    write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    tasks = write_tasks([{"question": "a"}])
+    for folder in ("rows", "requests", "leases"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "run" / ".manifest.json.1-ab.tmp").write_bytes(b"{")
+    assert preparation.prepare(tasks, tmp_path / "run", model="m").requests == 1
+    (tmp_path / "other" / "rows").mkdir(parents=True)
+    (tmp_path / "other" / "rows" / "mine.txt").write_text("years")
+    with pytest.raises(RunError, match="exists and is not a run directory"):
+        preparation.prepare(tasks, tmp_path / "other", model="m")
+
+
 def test_other_options_or_another_input_are_refused_with_a_hint(write_tasks: WriteTasks, tmp_path: Path) -> None:
     tasks = write_tasks([{"question": "aa"}, {"question": "bb"}])
     preparation.prepare(tasks, tmp_path / "run", model="m")
