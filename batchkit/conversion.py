@@ -78,7 +78,8 @@ class Converter:
                 raise RowError("size", f"the request has {size:,} bytes, a shard at most {self._options.shard_bytes:,}")
         except RowError as exc:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
-            return Converted(tasks.make_custom_id(row.position, row.raw), None, exc.code, exc.message)
+            custom_id = tasks.make_custom_id(row.position, row.raw)
+            return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
         return done
 
     def _made(self, row: Row) -> Converted:
@@ -119,3 +120,11 @@ class Converter:
         if model != self._options.model:
             raise RowError("model", f"body.model is {model!r}, but the run's model is {self._options.model!r}")
         return Converted(custom_id, row.raw.strip(), names=OUR_NAMES_SET & fields.keys())
+
+
+def _names(raw: bytes) -> frozenset[str]:
+    """Which of our names a rejected row uses: its result has its fields, too."""
+    try:
+        return OUR_NAMES_SET & tasks.parse_object(raw).keys()
+    except RowError:
+        return frozenset()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, Self, TypedDict
 
+import msgspec
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
@@ -70,7 +70,7 @@ class PrepareOptions(BaseModel):
     end: NonNegativeInt | None = None
     limit: NonNegativeInt | None = None
     max_tokens: PositiveInt | None = 100
-    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
     reasoning_effort: str | None = None
@@ -128,8 +128,8 @@ def check(keywords: PrepareKeywords) -> PrepareOptions:
 def parse_extra_body(text: str | None) -> dict[str, Any]:
     """The value of `--extra-body`. Raises `UsageError` where it is no JSON object."""
     try:
-        value = json.loads(text) if text else {}
-    except ValueError as exc:
+        value = msgspec.json.decode(text) if text else {}
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as exc:
         raise UsageError(f"--extra-body is not valid JSON: {exc}", hint="""--extra-body '{"top_k": 20}'""") from exc
     if not isinstance(value, dict):
         raise UsageError("--extra-body is not a JSON object", hint="""--extra-body '{"top_k": 20}'""")

@@ -23,7 +23,7 @@ from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse, same
 from batchkit.results import ResultEncoder
 from batchkit.spills import Partitions, merge_numbered, numbered, write_lines
-from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines
+from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, read_lines
 from batchkit.summaries import Summary
 from batchkit.tasks import parse_object, read_rows
 
@@ -75,6 +75,7 @@ def merge_pile(
     """
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
+    check_rereadable(str(tasks))
     encoder = ResultEncoder(parse=parse, prefix=prefix)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])

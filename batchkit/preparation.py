@@ -19,7 +19,7 @@ from batchkit.progress import Progress, Silent
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
-from batchkit.storage import is_remote
+from batchkit.storage import check_rereadable, is_remote
 from batchkit.tallies import Report, Tally
 from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
 from batchkit.workers import convert_all
@@ -90,6 +90,7 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareO
     if is_remote(uri):
         raise InputError(f"{uri}: a task file must be local in this version", hint="download it first")
     uri = str(Path(uri).expanduser().absolute())
+    check_rereadable(uri)
     first = first_row(uri)
     if first is None:
         raise InputError(f"{uri}: has no rows", hint="check the path: the file is empty")

@@ -45,8 +45,10 @@ def compile_template(text: str) -> Render:
 
     def render(fields: dict[str, Any]) -> str:
         try:
-            return template.render(fields)
+            text = template.render(fields)
+            text.encode()  # half a surrogate pair, which a template can make, cannot be sent
         except Exception as exc:  # a template may fail in any way on one row
             raise RowError("template", f"the prompt template fails: {exc}") from exc
+        return text
 
     return render

@@ -12,12 +12,19 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO
 
 from batchkit.errors import InputError, StorageError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
+
+
+def check_rereadable(uri: str) -> None:
+    """Raise `InputError` for a pipe or a device: what is read more than once must not be gone after the first time."""
+    path = Path(uri.removeprefix("file://")).expanduser()
+    if not is_remote(uri) and path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{uri}: is a pipe or a device, which can be read only once", hint="write it to a file first")
 
 
 def is_remote(uri: str) -> bool:
@@ -53,7 +60,31 @@ def _open(uri: str) -> BinaryIO:
         return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=BUFFER_BYTES)
     import smart_open
 
-    return io.BufferedReader(cast("io.RawIOBase", smart_open.open(uri, "rb")), BUFFER_BYTES)
+    return io.BufferedReader(_Reader(uri, smart_open.open(uri, "rb")), BUFFER_BYTES)
+
+
+class _Reader(io.RawIOBase):
+    """What smart_open opened; its errors while it is read are the user's file's: cut off, or not compressed at all."""
+
+    def __init__(self, uri: str, stream: BinaryIO) -> None:
+        self._uri = uri
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            piece = self._stream.read(len(buffer))
+        except Exception as exc:  # each codec and each protocol has errors of its own
+            raise InputError(f"{self._uri}: cannot be read: {exc}", hint="check that the file is whole") from exc
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 def read_lines(stream: BinaryIO) -> Iterator[bytes]:

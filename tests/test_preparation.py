@@ -20,6 +20,7 @@ from batchkit import preparation
 from batchkit.errors import InputError, RunBusyError, RunError, UsageError
 from batchkit.limits import LIMITS
 from batchkit.options import PrepareKeywords, PrepareOptions
+from batchkit.piles import merge_pile
 from batchkit.runs import Run
 from tests.conftest import WriteTasks
 
@@ -524,8 +525,31 @@ def test_compressed_task_files_are_read(ending: str, write_tasks: WriteTasks, tm
     assert [r["body"]["messages"][0]["content"] for r in requests(tmp_path / "run")] == [str(n) for n in range(10)]
 
 
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("kept", [60, None])
+def test_a_compressed_file_that_is_cut_off_or_none_is_named(kept: int | None, ending: str, tmp_path: Path) -> None:
+    import smart_open
+
+    path = tmp_path / f"tasks.jsonl{ending}"
+    with smart_open.open(path, "wb") as stream:
+        stream.write(b'{"question": "a"}\n' + os.urandom(1000))
+    path.write_bytes(path.read_bytes()[:kept] if kept else b'{"question": "a"}\n' * 10)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        preparation.prepare(path, tmp_path / "run", model="m")
+    assert path.name in caught.value.message
+
+
+def test_a_pipe_is_refused_as_a_task_file_because_it_is_read_more_than_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        preparation.prepare(tmp_path / "pipe", tmp_path / "run", model="m")
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        merge_pile(tmp_path / "pipe", ["x"], output=tmp_path / "results.jsonl")
+
+
 @pytest.mark.parametrize(
-    "template", ["{{ nothing }}", "{{ question.__class__.__mro__ }}", "{{ 1 / 0 }}", "{% if 0 %}x{% endif %}"]
+    "template",
+    ["{{ nothing }}", "{{ question.__class__.__mro__ }}", "{{ 1 / 0 }}", "{% if 0 %}x{% endif %}", r"{{ '\ud800' }}"],
 )
 def test_a_template_that_fails_on_a_row_rejects_the_row(template: str, write_tasks: WriteTasks, tmp_path: Path) -> None:
     report = preparation.prepare(
@@ -557,7 +581,7 @@ def test_wrong_options_are_named_as_on_the_command_line(write_tasks: WriteTasks,
 
 
 def test_names_of_ours_that_rows_use_are_told(write_tasks: WriteTasks, tmp_path: Path) -> None:
-    tasks = write_tasks([{"question": "a", "model": 1}, {"question": "b", "error": 2}])
+    tasks = write_tasks([{"question": "a", "model": 1}, {"no question": "b", "error": 2}])
     report = preparation.prepare(tasks, tmp_path / "run", model="m", max_requests=1)
     assert report.names_in_use == ["error", "model"]
     prepared = Run.open(tmp_path / "run").prepared()
