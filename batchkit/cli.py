@@ -221,8 +221,8 @@ def merge_command(
 
     with Console("merge") as progress:
         if run is not None:
-            if tasks or responses:
-                raise UsageError("RUN goes without --tasks and --responses", hint="batchkit merge --help")
+            if tasks or responses or id_fields:
+                raise UsageError("RUN goes without --tasks, --responses and --id-fields", hint="batchkit merge --help")
             from batchkit import merging
 
             summary = merging.merge(run, progress=progress, **options)

@@ -44,7 +44,7 @@ def merge(
     to = places(output or run.path / "results.jsonl", retry_file, never=_read_by_merge(run))
     prepared = run.prepared()
     if prepared is not None:
-        _check_names(prepared.names_in_use, prefix)
+        check_names(prepared.names_in_use, prefix)
         progress.grow(prepared.rows)
     attempts: list[Attempt] = []
     with run.lease("merge"):
@@ -80,7 +80,8 @@ def _rows(run: Run, seal: Seal) -> Iterator[bytes]:
         raise damaged(path, "is not what prepare wrote (its checksum differs)")
 
 
-def _check_names(names_in_use: list[str], prefix: str) -> None:
+def check_names(names_in_use: list[str], prefix: str) -> None:
+    """Raise `UsageError` where rows have fields already that results would overwrite."""
     if names_in_use and not prefix:
         raise UsageError(
             f"rows have fields {', '.join(map(repr, names_in_use))} already, which results would overwrite",

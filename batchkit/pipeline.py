@@ -47,12 +47,18 @@ def run(
     `pilot` is the `limit` of `submit`: so many requests now, the rest when it is called without. `prepared` and
     `submitted` are called with the report of their stage as soon as it is over.
     """
-    from batchkit.merging import merge
+    from batchkit.merging import check_names, merge
+    from batchkit.outputs import places
+    from batchkit.results import ResultEncoder
     from batchkit.submission import submit
 
+    # What merge would refuse is refused before anything is paid for.
+    ResultEncoder(parse=parse, prefix=prefix)
+    places(output or Path(run) / "results.jsonl", retry_file, never=[Path(tasks)])
     with show("prepare") as progress:
         report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)
     prepared(report)
+    check_names(report.names_in_use, prefix)
     with show("submit") as progress:
         submitted(
             submit(

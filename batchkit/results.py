@@ -54,10 +54,12 @@ class ResultEncoder:
         self._names = [prefix + name for name in OUR_NAMES]
         # A key may also be written with escapes; those of ASCII letters all begin like this.
         escape = b"\\u00" if not prefix or (prefix.isascii() and prefix.isidentifier()) else b"\\"
-        self._needles = [*map(msgspec.json.encode, self._names), escape]
         names = dict(zip(OUR_NAMES, self._names, strict=True))
-        tail: Any = msgspec.defstruct("Tail", list(OUR_NAMES), rename=names, gc=False)
-        self._tail = tail
+        try:
+            self._tail: Any = msgspec.defstruct("Tail", list(OUR_NAMES), rename=names, gc=False)
+        except ValueError as exc:
+            raise UsageError(f"--prefix {prefix!r}: {exc}", hint="--prefix answer_") from exc
+        self._needles = [*map(msgspec.json.encode, self._names), escape]
         self._encode = msgspec.json.Encoder().encode
 
     def encode(self, row: bytes, outcome: Outcome) -> Result:

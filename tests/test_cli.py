@@ -64,6 +64,16 @@ def test_a_mistake_is_one_error_a_blank_line_and_a_hint(tmp_path: Path) -> None:
     [
         (["merge"], "name a RUN, or --tasks and --responses"),
         (["merge", "RUN", "--tasks", "x"], "RUN goes without --tasks"),
+        (["merge", "RUN", "--id-fields", "x"], "RUN goes without --tasks"),
+        (["merge", "MADE", "--prefix", '"'], "--prefix '\"'"),
+        (["run", "TASKS", "RUN", "--model", "m", "--parse", "nonsense"], "--parse 'nonsense' is not known"),
+        (["run", "TASKS", "RUN", "--model", "m", "-o", "results.csv"], "results are written as JSONL"),
+        (["prepare", "TASKS", "RUN", "--model", "m", "--extra-body", '{"a": NaN}'], "--extra-body is not valid JSON"),
+        (["prepare", "TASKS", "RUN", "--model", "m", "--extra-body", r'{"a": "\ud800"}'], "--extra-body is not valid"),
+        (
+            ["prepare", "TASKS", "RUN", "--model", "m", "--temperature", "inf"],
+            "--temperature: Input should be a finite",
+        ),
         (["submit", "RUN", "--retry", "nonsense"], "--retry: 'nonsense' is not a valid Verdict"),
         (["submit", "MADE", "--retry", "invalid"], "--retry invalid: which answers do not parse"),
         (["submit", "MADE", "--retry", "failed,rejected"], "--retry rejected: these rows never became requests"),
@@ -121,6 +131,14 @@ def test_names_in_use_are_warned_of_and_merge_asks_for_a_prefix(write_tasks: Wri
     assert call("merge", tmp_path / "run", "--prefix", "b_").exit_code == 0
     result = json.loads((tmp_path / "run" / "results.jsonl").read_text())
     assert (result["error"], result["b_error"], result["b_raw_response"]) == ("e", None, "yes")
+
+
+def test_run_asks_for_a_prefix_before_anything_is_sent(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks([{"question": "a", "error": "e"}])
+    refused = call("run", tasks, tmp_path / "run", "--model", "m")
+    assert refused.exit_code == 2
+    assert "hint: --prefix" in refused.stderr
+    assert not Run.open(tmp_path / "run").was_sent()
 
 
 @pytest.mark.parametrize(
