@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 PIXEL_LIMIT = 178_956_970
 """Images of more pixels are rejected as decompression bombs: where Pillow itself raises (2 × its MAX_IMAGE_PIXELS)."""
 
+FILE_LIMIT = 1 << 30
+"""Larger files (in bytes) are rejected unread: no image of so few pixels needs that, and it would fill the memory."""
+
 ImageFormat = Literal["keep", "jpeg", "png", "webp"]
 
 MEDIA_TYPES = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+PROGRAMS = frozenset({"EPS"})
+"""Pillow would have Ghostscript run them."""
+
 ORIENTATION = 0x0112
 SIDEWAYS = range(5, 9)
 """EXIF 2.32, tag Orientation: the values that swap width and height."""
@@ -95,6 +101,8 @@ def _convert(image: Image.Image, data: bytes, options: ImageOptions, name: str) 
     if width * height > PIXEL_LIMIT:
         raise RowError("image", f"image has {width} × {height} pixels, more than {PIXEL_LIMIT:,}: {name}")
     kind = image.format or ""
+    if kind in PROGRAMS:
+        raise RowError("image", f"{kind} is a program, not an image that is read: {name}")
     if is_truncated(data, kind):
         raise RowError("image", f"image is cut off (its end is missing): {name}")
     media_type = MEDIA_TYPES.get(kind, "")
@@ -206,10 +214,14 @@ def _read(reference: str, root: Path) -> bytes:
         raise RowError("image", f"remote images are not read by this version: {_shown(reference)}")
     try:
         path = Path(unquote(urlsplit(reference).path)) if reference.startswith("file://") else root / reference
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
             raise RowError("image", f"image is {kind}: {_shown(reference)}")
+        if found.st_size > FILE_LIMIT:
+            raise RowError(
+                "image", f"image file has {found.st_size:,} bytes, more than {FILE_LIMIT:,}: {_shown(reference)}"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise RowError("image", f"image not found: {_shown(reference)}") from None

@@ -166,6 +166,18 @@ def test_data_urls_are_checked_like_files(tmp_path: Path) -> None:
         load("data:image/png;base64,@@@", tmp_path, ImageOptions(media_types=WEB))
 
 
+def test_postscript_is_not_run() -> None:
+    with pytest.raises(RowError, match="EPS is a program, not an image that is read: x"):
+        convert(encoded("EPS"), ImageOptions(media_types=WEB), name="x.eps")
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "huge.png", "wb") as stream:
+        stream.truncate(1 << 40)  # a hole: it takes no room
+    with pytest.raises(RowError, match="image file has 1,099,511,627,776 bytes, more than"):
+        load("huge.png", tmp_path, ImageOptions(media_types=WEB))
+
+
 @pytest.mark.parametrize("reference", ["file://[x/a.png", "a\0.png", "x" * 300, "/" * 3 + "x/" * 2500])
 def test_a_reference_that_is_no_path_is_an_error_of_its_row(reference: str, tmp_path: Path) -> None:
     with pytest.raises(RowError) as caught:
