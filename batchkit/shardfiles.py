@@ -162,18 +162,31 @@ class IdsSeen:
         self._ids.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 
     def update(self, ids: Iterable[str]) -> None:
-        self._ids.execute("BEGIN")
-        self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?, NULL)", ((one,) for one in ids))
-        self._ids.execute("COMMIT")
+        try:
+            self._ids.execute("BEGIN")
+            self._ids.executemany("INSERT OR IGNORE INTO ids VALUES (?, NULL)", ((one,) for one in ids))
+            self._ids.execute("COMMIT")
+        except sqlite3.OperationalError as exc:
+            raise _no_room(exc) from exc
 
     def check(self, row: Row, done: Converted) -> Converted:
         """`done`, or its rejection where an earlier row has the same custom_id."""
         if done.request is None:
             return done
-        cursor = self._ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (done.custom_id, row.line))
+        try:
+            cursor = self._ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (done.custom_id, row.line))
+        except sqlite3.OperationalError as exc:
+            raise _no_room(exc) from exc
         if cursor.rowcount:
             return done
         (line,) = self._ids.execute("SELECT line FROM ids WHERE id = ?", (done.custom_id,)).fetchone()
         where = f"line {line}" if line is not None else "an earlier line"
         message = f"custom_id {done.custom_id!r} is that of {where} already"
         return Converted(make_custom_id(row.position, row.raw), None, "duplicate", message, names=done.names)
+
+
+def _no_room(exc: sqlite3.OperationalError) -> StorageError:
+    return StorageError(
+        f"the temporary file of custom_ids cannot be written: {exc}",
+        hint="free some disk space where temporary files go (SQLITE_TMPDIR or TMPDIR names another place)",
+    )

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ import pytest
 import xxhash
 
 from batchkit import preparation
-from batchkit.errors import InputError, RunBusyError, RunError, UsageError
+from batchkit.conversion import Converted
+from batchkit.errors import InputError, RunBusyError, RunError, StorageError, UsageError
 from batchkit.limits import LIMITS
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.piles import merge_pile
 from batchkit.runs import Run
+from batchkit.shardfiles import IdsSeen
+from batchkit.tasks import Row
 from tests.conftest import WriteTasks
 
 Picture = Callable[..., Path]
@@ -612,3 +617,19 @@ def test_a_full_disk_is_told_and_the_next_call_goes_on(write_tasks: WriteTasks, 
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run" / "requests").iterdir())
     assert preparation.prepare(tasks, tmp_path / "run", model="m").requests == 3000
+
+
+def test_no_room_for_the_custom_ids_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def small(name: str, isolation_level: None) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(name, isolation_level=isolation_level)
+        connection.execute("PRAGMA max_page_count = 3")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(StorageError, match="custom_ids cannot be written: database or disk is full"):
+        IdsSeen().update(str(number) for number in range(10_000))
+    seen, row = IdsSeen(), Row(0, 1, b"{}", 3)
+    with pytest.raises(StorageError, match="custom_ids cannot be written: database or disk is full"):
+        deque((seen.check(row, Converted(str(number), b"{}")) for number in range(10_000)), maxlen=0)
