@@ -6,6 +6,7 @@ Shard after shard, in the memory of one: the responses to shard k belong to rows
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import xxhash
 
 from batchkit.errors import InputError, UsageError
 from batchkit.outcomes import damaged, load
-from batchkit.outputs import Outputs, places
+from batchkit.outputs import Outputs, Places, places
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Attempt, Run, Seal
@@ -48,12 +49,21 @@ def merge(
         progress.grow(prepared.rows)
     attempts: list[Attempt] = []
     with run.lease("merge"):
+        _remove_leftovers(run, to)
         with Outputs(to, encoder) as outputs:
             for seal in run.seals():
                 _merge_shard(run, seal, outputs)
                 attempts += run.job(seal.shard).attempts
                 progress.update(seal.end - seal.start)
         return outputs.write_summary(model=run.manifest.model, attempts=attempts, prepared=prepared is not None)
+
+
+def _remove_leftovers(run: Run, to: Places) -> None:
+    """Remove what a killed merge wrote aside in the run, where the lease says that nobody writes now."""
+    for path in to:
+        if path.parent == run.path:
+            for aside in run.path.glob(f".{glob.escape(path.name)}.*.tmp"):
+                aside.unlink(missing_ok=True)
 
 
 def _merge_shard(run: Run, seal: Seal, outputs: Outputs) -> None:

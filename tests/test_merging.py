@@ -252,6 +252,14 @@ def test_a_lost_or_damaged_seal_is_a_run_error_not_fewer_results(made: MadeRun, 
     assert not (made.run.path / "results.jsonl").exists()
 
 
+def test_what_a_killed_merge_wrote_aside_is_removed_by_the_next(made: MadeRun) -> None:
+    mine = made.run.path / ".thesis.tex.1-ab.tmp"
+    for path in (mine, made.run.path / ".results.jsonl.1-ab.tmp", made.run.path / ".retry.jsonl.1-cd.tmp"):
+        path.write_bytes(b"{")
+    merge(made.run)
+    assert list(made.run.path.glob(".*.tmp")) == [mine]
+
+
 def test_two_merges_of_a_run_do_not_meet(made: MadeRun) -> None:
     with made.run.lease("merge"), pytest.raises(RunBusyError, match="merge"):
         merge(made.run)
