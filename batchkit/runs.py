@@ -7,6 +7,7 @@ are not rows); ranges are half-open, `[start, end)`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import re
 from collections.abc import Iterable, Iterator
@@ -180,6 +181,9 @@ class Run:
                 f"{manifest_path}: format {found.get('format')!r}, but this batchkit reads format {FORMAT}",
                 hint="use the batchkit version that made the run",
             )
+        with contextlib.suppress(OSError):  # a run may be read where it cannot be written
+            for folder in FOLDERS:  # empty ones get lost on the way through git, zip or S3
+                (root / folder).mkdir(exist_ok=True)
         return cls(root, _read(manifest_path, Manifest))
 
     @classmethod

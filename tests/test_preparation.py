@@ -328,6 +328,16 @@ def test_a_run_that_was_stopped_before_its_manifest_is_made_by_the_same_command(
         preparation.prepare(tasks, tmp_path / "other", model="m")
 
 
+def test_a_copy_of_a_run_without_its_empty_folders_is_as_good(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks([{"question": "a"}])
+    preparation.prepare(tasks, tmp_path / "run", model="m")
+    for folder in ("jobs", "responses"):
+        (tmp_path / "run" / folder).rmdir()
+    with pytest.raises(RunError, match="prepared with --model m, now it is n"):
+        preparation.prepare(tasks, tmp_path / "run", model="n")
+    assert (tmp_path / "run" / "responses").is_dir()
+
+
 def test_other_options_or_another_input_are_refused_with_a_hint(write_tasks: WriteTasks, tmp_path: Path) -> None:
     tasks = write_tasks([{"question": "aa"}, {"question": "bb"}])
     preparation.prepare(tasks, tmp_path / "run", model="m")
