@@ -51,10 +51,14 @@ class EngineError(BatchkitError):
     """`detail` holds the end of the engine's own log."""
 
 
+LONGEST_MESSAGE = 1000
+"""Of a row, in characters: it may quote the row, which may be of any size."""
+
+
 class RowError(Exception):
     """A row that cannot become a request. `code` is one word for counting, `message` is for people."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + "…"

@@ -51,9 +51,9 @@ class PrepareOptions(BaseModel):
     """What `prepare` makes of the rows.
 
     `image_field` None means `image` where a row has it; with named ones `on_bad_image` decides on a row that has an
-    image in none of them. `id_fields` None means `id` where a
-    row has it. `start`, `end` (exclusive) and `limit` select rows by position. `max_side` in pixels, `max_pixels` in
-    pixels of area. `max_requests` and `max_bytes` bound a shard, None for the backend's limits.
+    image in none of them. `id_fields` None means `id` where a row has it. `start`, `end` (exclusive) and `limit` select
+    rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound a
+    shard, None for the backend's limits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -45,16 +45,14 @@ def prepare(
     """
     uri, options = _settle(tasks, keywords)
     manifest = _manifest(uri, options)
-    existed = Run.exists(run)
-    target = Run.open(run) if existed else Run.create(run, manifest)
+    target = Run.create(run, manifest)
     with target.lease("prepare"):
-        if existed:
-            _refuse_other(target, manifest)
-            if target.manifest.input.modified != manifest.input.modified and not rows_unchanged(target, uri):
-                raise RunError(
-                    f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
-                    hint="prepare the changed file into a new run directory",
-                )
+        _refuse_other(target, manifest)
+        if target.manifest.input.modified != manifest.input.modified and not rows_unchanged(target, uri):
+            raise RunError(
+                f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
+                hint="prepare the changed file into a new run directory",
+            )
         return _prepare_rest(target, options, workers, strict, progress or Silent())
 
 

@@ -152,8 +152,13 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest) -> Run:
-        """Make the directory and write its manifest. Raises `RunError` where the path holds something else."""
+        """Make the directory and write its manifest; where there is a run already, open that one, as it is.
+
+        Raises `RunError` where the path holds something else.
+        """
         root = _root(path)
+        if cls.exists(root):
+            return cls.open(root)
         if root.is_file() or (root.is_dir() and not all(map(_is_begun, root.iterdir()))):
             raise RunError(f"{root}: exists and is not a run directory", hint="name a new directory for the run")
         try:
@@ -161,8 +166,13 @@ class Run:
                 (root / folder).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}") from exc
-        with write_whole(root / "manifest.json", durable=True) as stream:
-            stream.write(_pretty(manifest))
+        with leases.hold(
+            root, "prepare"
+        ):  # two at once must not both write: the shards of one, the manifest of the other
+            if cls.exists(root):
+                return cls.open(root)
+            with write_whole(root / "manifest.json", durable=True) as stream:
+                stream.write(_pretty(manifest))
         return cls(root, manifest)
 
     @classmethod

@@ -24,7 +24,7 @@ from batchkit.errors import InputError, RunBusyError, RunError, StorageError, Us
 from batchkit.limits import LIMITS
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.piles import merge_pile
-from batchkit.runs import Run
+from batchkit.runs import Input, Manifest, Run
 from batchkit.shardfiles import IdsSeen
 from batchkit.tasks import Row
 from tests.conftest import WriteTasks
@@ -326,6 +326,28 @@ def test_a_run_that_was_stopped_before_its_manifest_is_made_by_the_same_command(
     (tmp_path / "other" / "rows" / "mine.txt").write_text("years")
     with pytest.raises(RunError, match="exists and is not a run directory"):
         preparation.prepare(tasks, tmp_path / "other", model="m")
+
+
+def test_a_run_that_another_process_has_just_made_keeps_its_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def create(model: str) -> Run:
+        manifest = Manifest(
+            format=1, batchkit="0", created="", input=Input(uri="", bytes=0), model=model, backend="vllm", options={}
+        )
+        return Run.create(path, manifest)
+
+    assert create("first").manifest.model == "first"
+    assert create("second").manifest.model == "first"
+    assert Run.open(path).manifest.model == "first"
+
+
+def test_messages_of_rows_are_short_however_long_what_they_quote(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks([{"k" * 100_000: 1}])
+    preparation.prepare(tasks, tmp_path / "run", model="m")
+    (message,) = reasons(tmp_path / "run")
+    assert message.startswith("tasks.jsonl:1: question field 'question' is missing")
+    assert len(message) < 1100
 
 
 def test_a_copy_of_a_run_without_its_empty_folders_is_as_good(write_tasks: WriteTasks, tmp_path: Path) -> None:
