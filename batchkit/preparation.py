@@ -186,7 +186,7 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
     if options.input_format == "batch":
         for seal in itertools.islice(run.seals(), shards):
             seen.update(run.read_ids(seal))
-    remove_leftovers(run)
+    remove_leftovers(run, shards)
     root = run.manifest.options["image_root"]
     with closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded:
         for seal in _written(run, shards, sharded, strict, progress):

@@ -224,12 +224,21 @@ class Run:
     def seals(self) -> Iterator[Seal]:
         """The sealed shards, in order. Raises `RunError` where one is damaged, or lost of a finished preparation."""
         prepared = self.prepared()
-        shard = 0
+        shard, end = 0, None
         while (path := self.seal_path(shard)).exists():
-            yield _read(path, Seal, hint=PREPARE_AGAIN)
-            shard += 1
+            seal = _read(path, Seal, hint=PREPARE_AGAIN)
+            if end is not None and seal.start != end:
+                raise RunError(f"{path}: begins at row {seal.start}, not {end}: it is damaged", hint=PREPARE_AGAIN)
+            yield seal
+            shard, end = shard + 1, seal.end
         if prepared is not None and shard < prepared.shards:
             raise RunError(f"{path}: is missing, of {prepared.shards:,} shards", hint=PREPARE_AGAIN)
+
+    def seal(self, shard: int) -> Seal | None:
+        """The seal of one shard; None where it has none that can be read."""
+        with contextlib.suppress(RunError):
+            return _read(self.seal_path(shard), Seal)
+        return None
 
     def read_ids(self, seal: Seal) -> list[str]:
         """The custom_ids of the shard's rows: `ids[i]` is that of position `seal.start + i`."""

@@ -93,10 +93,23 @@ class ShardWriter:
             ) from exc
 
     def seal(self) -> Seal:
-        self._stack.close()
         seal = self._draft.sealed()
+        self._refuse_other_cut(seal)
+        self._stack.close()
         self._run.write_seal(seal)
         return seal
+
+    def _refuse_other_cut(self, seal: Seal) -> None:
+        """Raise `RunError` where the shard was sent with other rows: changed images may move the cuts."""
+        old = self._run.seal(self.shard)
+        sent = [span for attempt in self._run.job(self.shard).attempts for span in attempt.rows]
+        cut = (seal.start, seal.end, seal.ids_checksum)
+        moved = old is not None and self._run.was_sent() and (old.start, old.end, old.ids_checksum) != cut
+        if moved or any(start < seal.start or end > seal.end for start, end in sent):
+            raise RunError(
+                f"shard {self.shard}: was sent, and would have other rows now: images have changed since",
+                hint="restore the images as they were, or the lost file from a copy of the run",
+            )
 
     def close(self) -> None:
         """Throw away what is not in place yet; after `seal` there is nothing to throw away."""
@@ -126,8 +139,13 @@ def _is_intact(run: Run, seal: Seal) -> bool:
     return sizes == [seal.rows_bytes, seal.requests_bytes] and xxhash.xxh3_128_hexdigest(ids) == seal.ids_checksum
 
 
-def remove_leftovers(run: Run) -> None:
-    """Remove what a killed `prepare` wrote aside. To be called under the lease `prepare`."""
+def remove_leftovers(run: Run, shards: int) -> None:
+    """Remove what a killed `prepare` wrote aside, and the seals behind the first `shards`, unless something was sent:
+    changed images may move the cuts. To be called under the lease `prepare`."""
+    if not run.was_sent():
+        for path in run.seal_path(0).parent.glob("[0-9]*.json"):
+            if path.stem.isdecimal() and int(path.stem) >= shards:
+                path.unlink()
     for folder in (run.rows_path(0).parent, run.requests_path(0).parent):
         for aside in folder.glob(".*.tmp"):
             aside.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from batchkit.errors import InputError, RunBusyError, RunError, StorageError, Us
 from batchkit.limits import LIMITS
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.piles import merge_pile
-from batchkit.runs import Input, Manifest, Run
+from batchkit.runs import Input, Job, Manifest, Run
 from batchkit.shardfiles import IdsSeen
 from batchkit.tasks import Row
 from tests.conftest import WriteTasks
@@ -326,6 +326,32 @@ def test_a_run_that_was_stopped_before_its_manifest_is_made_by_the_same_command(
     (tmp_path / "other" / "rows" / "mine.txt").write_text("years")
     with pytest.raises(RunError, match="exists and is not a run directory"):
         preparation.prepare(tasks, tmp_path / "other", model="m")
+
+
+def cut_again(write_tasks: WriteTasks, picture: Picture, tmp_path: Path, *, sent: bool) -> list[tuple[int, int]]:
+    """Prepare; lose a file; make images too large for a shard, which moves the cuts; prepare again. The row ranges."""
+    tasks = write_tasks([{"question": "q", "image": str(picture(f"{n}.png"))} for n in range(10)])
+    preparation.prepare(tasks, tmp_path / "run", model="m", max_bytes=1500)
+    run = Run.open(tmp_path / "run")
+    assert len(list(run.seals())) == 3
+    if sent:
+        run.write_job(Job(shard=0))
+    run.requests_path(0).unlink()
+    for number in range(9):
+        picture(f"{number}.png", (1500, 1500))
+    preparation.prepare(tasks, tmp_path / "run", model="m", max_bytes=1500)
+    return [(seal.start, seal.end) for seal in run.seals()]
+
+
+def test_cuts_that_changed_images_move_leave_no_row_twice(
+    write_tasks: WriteTasks, picture: Picture, tmp_path: Path
+) -> None:
+    assert cut_again(write_tasks, picture, tmp_path, sent=False) == [(0, 10)]
+
+
+def test_a_run_that_was_sent_is_not_cut_anew(write_tasks: WriteTasks, picture: Picture, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="shard 0: was sent, and would have other rows now"):
+        cut_again(write_tasks, picture, tmp_path, sent=True)
 
 
 def test_a_run_that_another_process_has_just_made_keeps_its_manifest(tmp_path: Path) -> None:
