@@ -167,7 +167,8 @@ class Engines:
             self._tell_death(end, len(rest))
         else:
             self._speed.measure(end, len(active.group.keys))
-        self._pool.report(active.group, rest=rest, answers=found.answers, died=found.died)
+        refused = end.cause.kind == "request" and not end.ready
+        self._pool.report(active.group, rest=rest, answers=found.answers, died=found.died, certain=refused)
         self._condemn(end)
         self._leases.release_all_but(self._busy_shards())
 
@@ -209,7 +210,7 @@ class Engines:
             times = f"{deaths} times" if deaths > 1 else "once"
             message = f"the engine died {times} with this request, the last time alone: {end.cause.text}"
             sessions.condemn(self._run, shard, position, custom_id, message)
-            self._progress.say(f"gave up request {custom_id}: the engine died {deaths} times with it")
+            self._progress.say(f"gave up request {custom_id}: the engine died {times} with it")
             self._progress.update(1)
             self._report.remaining -= 1
             self._report.responses += 1

@@ -106,9 +106,9 @@ class Group(msgspec.Struct, kw_only=True):
 class Pool:
     """What is still to be run, and in whose company.
 
-    A group that dies runs again as it is; if it dies again it is halved until the request that kills the engine stands
-    alone. A half whose sibling survived is known to hold it, and is not run whole again. A request that died alone, and
-    `attempts` times in all, is condemned.
+    A group that dies runs again as it is, unless it is certain to die again; if it dies again it is halved until the
+    request that kills the engine stands alone. A half whose sibling survived is known to hold it, and is not run whole
+    again. A request that died alone, and `attempts` times in all, is condemned.
 
     As long as nothing was ever answered it may be the engine that is broken: then a single request is tried instead of
     a half, and three different ones that died alone make the engine `broken`.
@@ -135,13 +135,16 @@ class Pool:
         """A group that was taken and not run."""
         self._trouble.appendleft(group)
 
-    def report(self, group: Group, *, rest: Sequence[Key], answers: int, died: bool) -> None:
-        """What became of a group: the keys without a response, and how many real answers came."""
+    def report(self, group: Group, *, rest: Sequence[Key], answers: int, died: bool, certain: bool = False) -> None:
+        """What became of a group: the keys without a response, and how many real answers came.
+
+        `certain`: it is known to have died of a request, and would again: nothing is tried twice.
+        """
         self._proven = self._proven or answers > 0
         if not died or not rest:
             self._survived(group)
         elif self._attempts > 1 or len(group.keys) == 1:
-            self._died(group, list(rest))
+            self._died(group, list(rest), certain=certain)
 
     def condemned(self) -> list[tuple[Key, int]]:
         """The requests that are given up since the last call, with their deaths. Held back while the engine itself is
@@ -172,17 +175,17 @@ class Pool:
         else:
             self._loose.extend(group.waiting)
 
-    def _died(self, group: Group, rest: list[Key]) -> None:
+    def _died(self, group: Group, rest: list[Key], *, certain: bool) -> None:
         self._deaths.update(rest)
         if len(group.keys) == 1:
-            if self._deaths[rest[0]] >= self._attempts:
+            if certain or self._deaths[rest[0]] >= self._attempts:
                 self._condemned.append(rest[0])
                 self._free(group.waiting)
             else:
                 self._trouble.appendleft(group)
             return
         self._free(group.waiting)
-        if len(rest) > 1 and all(self._deaths[key] > 1 for key in rest):
+        if len(rest) > 1 and (certain or all(self._deaths[key] > 1 for key in rest)):
             self._halve(rest)
         else:
             self._trouble.appendleft(Group(keys=rest))

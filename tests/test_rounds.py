@@ -121,3 +121,20 @@ def test_a_single_death_costs_one_start() -> None:
     assert again.keys == group.keys[40:]
     pool.report(again, rest=[], answers=60, died=False)
     assert pool.take() is None
+
+
+def test_a_group_that_was_refused_for_certain_is_halved_at_once() -> None:
+    fresh = [[(0, position) for position in range(8)]]
+    pool = Pool(lambda: fresh.pop() if fresh else [], attempts=3, proven=True)
+    starts = []
+    while group := pool.take():
+        starts.append([position for _, position in group.keys])
+        refused = 5 in starts[-1]
+        rest = group.keys if refused else []
+        pool.report(group, rest=rest, answers=len(group.keys) - len(rest), died=refused, certain=refused)
+        if condemned := pool.condemned():
+            assert condemned == [((0, 5), starts.count([5]) + sum(5 in start and len(start) > 1 for start in starts))]
+    assert starts.count([5]) == 1
+    assert starts[0] == list(range(8))
+    assert starts.count(list(range(8))) == 1
+    assert {position for start in starts for position in start if 5 not in start} == {0, 1, 2, 3, 4, 6, 7}

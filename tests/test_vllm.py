@@ -255,6 +255,9 @@ def test_progress_is_read_as_the_log_grows(tmp_path: Path) -> None:
         pytest.param("OSError: [Errno 28] No space left on device\n", 1, "disk", "No space left", id="disk"),
         pytest.param("pydantic_core._pydantic_core.ValidationError: 1 validation error for BatchRequestInput\n", 1,
                      "request", "1 validation error", id="request"),
+        pytest.param("p.ValidationError: 1 validation error for BatchRequestInput\nbody.messages\n"
+                     "  Value error, must be a list [type=value_error]\n", 1,
+                     "request", "body.messages; Value error, must be a list", id="request-and-its-field"),
         pytest.param("(EngineCore pid=1) ERROR 11-21 07:43:56 [core.py:9] ValueError: No available memory\n"
                      "RuntimeError: Engine core initialization failed.\n", 1, "memory", "No available", id="memory"),
         pytest.param(START, -9, "memory", "killed", id="killed-by-the-system"),

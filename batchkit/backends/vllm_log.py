@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,9 @@ _LOADING = re.compile(rb"Starting to load model|Loading (?:model|weights|safeten
 _PREFIX = re.compile(
     r"^(?:\([^)]*pid=\d+\)\s*)?(?:(?:INFO|WARNING|ERROR|DEBUG|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?"
 )
-_FRAME = re.compile(r"^(?!  Value error)\s+|^Traceback \(most recent call last\)|^(?:The above|During handling)|^\^+$")
+_FRAME = re.compile(
+    r"^(?!  Value error|  .*\[type=)\s+|^Traceback \(most recent call last\)|^(?:The above|During handling)|^\^+$"
+)
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))\b:? ?(.*)")
 _SECOND_HAND = re.compile(r"EngineDeadError|RuntimeError: Engine core init")
 _CHATTER = re.compile(
@@ -32,9 +35,9 @@ _CAUSES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
         "argument",
         re.compile(r"error: (?P<text>(?:unrecognized arguments?|argument|ambiguous option|the following arg).*)"),
     ),
+    ("request", re.compile(r"validation errors? for Batch\w*Input")),
     # pydantic's reason for refusing vLLM's configuration stands on a line of its own.
     ("argument", re.compile(r"^  Value error, (?P<text>[^\[]+)")),
-    ("request", re.compile(r"validation errors? for Batch\w*Input")),
     ("missing", re.compile(r"No module named '?vllm\b")),
     (
         "model",
@@ -53,6 +56,8 @@ _CAUSES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
             r"|[Nn]ot enough (?:available )?memory|bad_alloc|Available memory on node .* less than"
         ),
     ),
+    # Options of a request that exclude each other. Last: while the engine works, it logs these and goes on.
+    ("request", re.compile(r"^(?:[\w.]+\.)?VLLMValidationError\b")),
 )
 TAIL_BYTES = 256 * 1024
 
@@ -116,9 +121,11 @@ def find_cause(path: Path, exit_code: int) -> Cause:
     tail = "\n".join(list(lines)[-15:])
     for kind, pattern in _CAUSES:
         # The first that matches: what follows is mostly vLLM reporting the same from further out.
-        for line in lines:
+        for place, line in enumerate(lines):
             if found := pattern.search(line):
                 text = found.groupdict().get("text") or line
+                if kind == "request" and " validation error" in line:  # the field and what is wrong with it come next
+                    text = "; ".join(part.strip() for part in islice(lines, place, place + 3))
                 return Cause(kind, _shorten(_bare(text)), tail)
     if exit_code == -9:
         return Cause("memory", "it was killed (signal 9): most often the system does that when memory runs out", tail)
