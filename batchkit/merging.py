@@ -13,11 +13,12 @@ from pathlib import Path
 import xxhash
 
 from batchkit.errors import InputError, UsageError
+from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
 from batchkit.outputs import Outputs, Places, places
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
-from batchkit.runs import Attempt, Run, Seal
+from batchkit.runs import Run, Seal
 from batchkit.storage import is_remote, open_read
 from batchkit.summaries import Summary
 

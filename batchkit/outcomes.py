@@ -13,8 +13,9 @@ import msgspec
 import xxhash
 
 from batchkit.errors import RunError
+from batchkit.jobs import Attempt
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
-from batchkit.runs import PREPARE_AGAIN, Attempt, Rejection, Run, Seal
+from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read
 
 _OVER = frozenset({"collected", "died"})

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from batchkit import leases
 from batchkit.errors import RunError, StorageError
+from batchkit.jobs import Job
 from batchkit.storage import open_read, read_lines, write_whole
 
 FORMAT = 1
@@ -28,10 +29,6 @@ FOLDERS = ("rows", "requests", "jobs", "responses")
 
 OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 """The fields that a result adds to its row, in this order."""
-
-AttemptState = Literal["intended", "running", "collected", "died"]
-"""`intended`: on disk before anything is sent. `running`: handed to the backend. `collected`: over, what came back is
-in `responses/`. `died`: over because the engine ended; what it had answered is in `responses/`."""
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,27 +94,6 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     requests_bytes: int
     names_in_use: list[str]
     finished: str
-
-
-class Attempt(msgspec.Struct, kw_only=True):
-    """One sending of some requests of a shard. `rows` are position ranges; rejected rows within them do not count.
-
-    `session` names the folder `engine/<session>/` of the engine that took it, for runners that have one.
-    """
-
-    number: int
-    backend: str
-    state: AttemptState
-    rows: list[tuple[int, int]]
-    started: str
-    ended: str | None = None
-    session: str | None = None
-    message: str | None = None
-
-
-class Job(msgspec.Struct, kw_only=True):
-    shard: int
-    attempts: list[Attempt] = []
 
 
 PREPARE_AGAIN = "prepare again with the same options: what is missing or damaged is made anew"

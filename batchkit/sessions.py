@@ -30,8 +30,9 @@ import xxhash
 from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Part, Plan
 from batchkit.errors import RunBusyError, RunError
+from batchkit.jobs import Attempt
 from batchkit.rounds import Key
-from batchkit.runs import Attempt, Run, Seal, as_ranges, now
+from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.storage import open_read, sync_folder, write_whole
 
 BACKEND = "vllm"

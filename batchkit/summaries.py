@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
+from batchkit.jobs import Attempt
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Attempt
 
 COMMONEST = 5
 MAX_GROUPS = 1000

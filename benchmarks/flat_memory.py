@@ -23,7 +23,8 @@ from typing import NamedTuple
 import psutil
 from PIL import Image
 
-from batchkit.runs import Attempt, Job, Run, now
+from batchkit.jobs import Attempt, Job
+from batchkit.runs import Run, now
 
 PICTURES = 500
 COMMAND = [sys.executable, "-m", "batchkit"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import xxhash
 
-from batchkit.runs import Attempt, AttemptState, Input, Job, Manifest, Prepared, Rejection, Run, Seal
+from batchkit.jobs import Attempt, AttemptState, Job
+from batchkit.runs import Input, Manifest, Prepared, Rejection, Run, Seal
 from batchkit.tasks import make_custom_id
 
 

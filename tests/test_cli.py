@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from batchkit.cli import main
-from batchkit.runs import Attempt, Job, Run, now
+from batchkit.jobs import Attempt, Job
+from batchkit.runs import Run, now
 from tests.conftest import WriteTasks
 
 README = Path(__file__).parent.parent / "README.md"

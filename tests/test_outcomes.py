@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from batchkit.errors import RunError
+from batchkit.jobs import AttemptState
 from batchkit.outcomes import ShardOutcomes, load, to_send
 from batchkit.responses import Verdict
-from batchkit.runs import AttemptState
 from tests.made_runs import ENGINE_DIED, MadeRun, failure_line, response_line
 
 ROWS = [b'{"id": 0}', b'{"id": 1}', b'{"id": 2}', b'{"id": 3}']

@@ -21,10 +21,11 @@ import xxhash
 from batchkit import preparation
 from batchkit.conversion import Converted
 from batchkit.errors import InputError, RunBusyError, RunError, StorageError, UsageError
+from batchkit.jobs import Job
 from batchkit.limits import LIMITS
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.piles import merge_pile
-from batchkit.runs import Input, Job, Manifest, Run
+from batchkit.runs import Input, Manifest, Run
 from batchkit.shardfiles import IdsSeen
 from batchkit.tasks import Row
 from tests.conftest import WriteTasks
