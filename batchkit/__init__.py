@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from batchkit.cancelling import cancel as cancel
     from batchkit.errors import BatchkitError as BatchkitError
     from batchkit.merging import merge as merge
     from batchkit.piles import merge_pile as merge_pile
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BatchkitError": "errors",
+    "cancel": "cancelling",
     "merge": "merging",
     "merge_pile": "piles",
     "plan": "preparation",
@@ -37,7 +39,7 @@ _HOMES = {
     "submit": "submission",
 }
 
-__all__ = ["BatchkitError", "merge", "merge_pile", "plan", "prepare", "run", "status", "submit"]
+__all__ = ["BatchkitError", "cancel", "merge", "merge_pile", "plan", "prepare", "run", "status", "submit"]
 
 
 def __getattr__(name: str) -> Any:

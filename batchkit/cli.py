@@ -5,13 +5,23 @@ Results go to stdout or files, all else to stderr. Only click is imported here: 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
 import click
 
 from batchkit import __version__
-from batchkit.cli_options import merge_options, pilot_option, prepare_options, submit_options
+from batchkit.cli_options import (
+    BACKENDS,
+    HOST_NAMES,
+    merge_options,
+    pilot_option,
+    prepare_options,
+    service_options,
+    settle_options,
+    submit_options,
+)
 from batchkit.errors import BatchkitError, UsageError
 
 INTERRUPTED = 130
@@ -98,6 +108,9 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
 
     keywords = {name: value for name, value in options.items() if name not in {"image_field", "id_fields"}}
     keywords["image_field"] = options["image_field"] or None
+    for name in ("max_tokens", "temperature"):  # not given is not None: each backend has a default
+        if keywords[name] is None:
+            del keywords[name]
     ids = options["id_fields"]
     keywords["id_fields"] = tuple(name.strip() for name in ids.split(",")) if ids else None
     keywords["extra_body"] = parse_extra_body(options["extra_body"])
@@ -126,20 +139,27 @@ def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
 
 @main.command("submit")
 @click.argument("run")
-@click.option("--backend", type=click.Choice(["vllm"]), help="Who answers. [default: the one it was prepared for]")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Who answers. [default: the one it was prepared for]")
+@click.option(
+    "--host", type=click.Choice(HOST_NAMES), help="Of --backend openai. [default: the one it was prepared for]"
+)
 @pilot_option
 @submit_options
+@service_options
+@settle_options
 @click.option("--resume/--no-resume", default=True, help="--no-resume throws away all responses so far, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
 def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **options: Any) -> None:
     """Send the requests of RUN that have no response yet.
 
-    With vLLM, arguments behind -- go to the engine as they are. Whatever it had finished when it was stopped or killed
-    is kept; the same command sends the rest.
+    With vLLM, arguments behind -- go to the engine as they are. Batch services (openai, gemini) are paid; what was
+    handed over goes on there whatever happens here. Whatever was finished when it was stopped or killed is kept; the
+    same command sends the rest.
 
     \b
     batchkit submit my-run -- --max-model-len 8192 --limit-mm-per-prompt '{"image": 2}'
+    batchkit submit my-run --backend openai --no-wait
     """
     from batchkit import submission
     from batchkit.progress import Console
@@ -149,7 +169,8 @@ def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **opt
     with Console("submit", unit="requests") as progress:
         report = submission.submit(run, backend=backend, progress=progress, **_submit_keywords(options))
     _tell_submitted(report)
-    click.echo(f"\nnext: batchkit {'submit' if report.remaining else 'merge'} {run}", err=True)
+    _tell_doubtful(report, run)
+    click.echo(f"\nnext: batchkit {'submit' if report.remaining else 'merge'} {shlex.quote(run)}", err=True)
     sys.exit(report.exit_code)
 
 
@@ -184,8 +205,21 @@ def _tell_submitted(report: Any) -> None:
         f"sent {_count(report.sent, 'request')}, got {_count(report.responses, 'response')} in {report.seconds:,.0f} s",
         err=True,
     )
-    if report.remaining:
-        click.echo(f"{_count(report.remaining, 'request')} still to do", err=True)
+    if report.in_flight:
+        click.echo(f"{_count(report.in_flight, 'request')} under way at the provider", err=True)
+    if report.remaining > report.in_flight:
+        click.echo(f"{_count(report.remaining - report.in_flight, 'request')} still to do", err=True)
+
+
+def _tell_doubtful(report: Any, run: str) -> None:
+    for name in report.doubtful:
+        click.echo(
+            f"\nattempt {name} is doubtful: it is not known whether its batch was created, and the provider does not "
+            "list it.\nLook for it on the provider's pages (its metadata name run, shard and attempt), then\n"
+            f"  batchkit submit {shlex.quote(run)} --adopt {name}=BATCH_ID   if it is there, or\n"
+            f"  batchkit submit {shlex.quote(run)} --resend {name}          if it is not, to send its requests again",
+            err=True,
+        )
 
 
 @main.command("merge")
@@ -262,6 +296,7 @@ def _tell_merged(summary: Any, *, as_json: bool = False) -> None:
 @prepare_options
 @pilot_option
 @submit_options
+@service_options
 @merge_options
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
 def run_command(tasks: str, run: str, **options: Any) -> None:
@@ -269,21 +304,72 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
 
     \b
     batchkit run tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct -- --max-model-len 8192
+    batchkit run tasks.jsonl my-run --model gpt-5-mini --backend openai --no-wait
+
+    With --no-wait each call moves forward what can be moved, and says in one line where the run stands: for cron.
     """
     from batchkit import pipeline
     from batchkit.progress import Console
 
     options["retry"] = _verdicts(options["retry"])
+    quiet = not options["wait"]
+    reports: list[Any] = []
     summary = pipeline.run(
         tasks,
         run,
-        show=lambda stage: Console(stage, unit="requests" if stage == "submit" else "rows"),
-        prepared=_tell_prepared,
-        submitted=_tell_submitted,
+        show=lambda stage: Console(stage, unit="requests" if stage == "submit" else "rows", quiet=quiet),
+        prepared=(lambda report: None) if quiet else _tell_prepared,  # noqa: ARG005  # cron mails what is printed
+        submitted=reports.append if quiet else _tell_submitted,
         **_prepare_keywords(options),
     )
-    _tell_merged(summary)
+    if quiet:
+        _tell_standing(run, summary, reports[0])
+    else:
+        _tell_merged(summary)
+    for report in reports:
+        _tell_doubtful(report, run)
     sys.exit(summary.exit_code)
+
+
+def _tell_standing(run: str, summary: Any, report: Any) -> None:
+    counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
+    flying = f"; {_count(report.in_flight, 'request')} under way at the provider" if report.in_flight else ""
+    click.echo(f"{run}: {_count(summary.rows, 'row')}: {counts}{flying}", err=True)
+
+
+@main.command("cancel")
+@click.argument("run")
+@click.option("--backend", type=click.Choice(BACKENDS[1:]), help="Whose batches. [default: the last one's]")
+@click.option("--base-url", metavar="URL", help="Where the provider is. [default: the last one]")
+@click.option("--api-key-env", metavar="NAME", help="The variable that holds the key. [default: the last one]")
+@click.option("--wait/--no-wait", default=True, help="--no-wait: do not wait for the provider to end them.")
+@click.option("--poll-interval", type=click.FloatRange(0.01), metavar="SECONDS", help="[default: 30]")
+def cancel_command(run: str, wait: bool, **options: Any) -> None:
+    """Cancel the batches of RUN at the provider, and keep what they have finished.
+
+    What was not run becomes `expired`; submit again sends it. A submit that waits elsewhere sends nothing more.
+
+    \b
+    batchkit cancel my-run
+    """
+    from batchkit import cancelling
+    from batchkit.progress import Console
+
+    with Console("cancel", unit="requests") as progress:
+        report = cancelling.cancel(run, wait=wait, progress=progress, **options)
+    click.echo(
+        f"cancelled {_batches(report.cancelled)}, {_batches(report.ended)} had ended; "
+        f"collected {_count(report.collected, 'response')}",
+        err=True,
+    )
+    if report.in_flight:
+        click.echo(f"{_count(report.in_flight, 'request')} not collected yet", err=True)
+    click.echo(f"\nnext: batchkit {'cancel' if report.in_flight else 'merge'} {shlex.quote(run)}", err=True)
+    sys.exit(8 if report.in_flight else 0)
+
+
+def _batches(number: int) -> str:
+    return f"{number:,} batch" + ("" if number == 1 else "es")
 
 
 @main.command("status")

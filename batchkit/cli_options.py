@@ -7,6 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
+# As in options and limits, which are not imported here: that would load pydantic for `--help`.
+BACKENDS = ["vllm", "openai", "gemini"]
+HOST_NAMES = ["openai", "azure", "groq", "together", "dashscope"]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,10 +29,17 @@ prepare_options = add_options(
     click.option("--model", help="The model, as the backend calls it: a name, or a directory for vLLM."),
     click.option(
         "--backend",
-        type=click.Choice(["vllm"]),
+        type=click.Choice(BACKENDS),
         default="vllm",
         show_default=True,
-        help="Whose limits the shards keep to.",
+        help="Who is to answer: shards keep to its limits.",
+    ),
+    click.option(
+        "--host",
+        type=click.Choice(HOST_NAMES),
+        default="openai",
+        show_default=True,
+        help="For --backend openai: whose limits and names. Others that speak OpenAI's batch API: submit --base-url.",
     ),
     click.option(
         "--input-format",
@@ -57,13 +68,23 @@ prepare_options = add_options(
     click.option("--image-root", metavar="DIR", help="Relative image paths start here. [default: beside TASKS]"),
     click.option("--start", type=click.IntRange(0), default=0, help="Position of the first row, from 0."),
     click.option("--end", type=click.IntRange(0), help="Position behind the last row."),
-    click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Longest answer."),
     click.option(
-        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest answer."
+        "--max-tokens", type=click.IntRange(1), help="Longest answer. [default: 100 for vllm, else the provider's]"
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0),
+        help="0: the likeliest answer. [default: 0 for vllm, else the provider's]",
     ),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
     click.option("--seed", type=int, help="For repeatable sampling, where the backend has it."),
     click.option("--reasoning-effort", metavar="LEVEL", help="For models that take it: low, medium, high."),
+    click.option(
+        "--thinking-budget",
+        type=click.IntRange(-1),
+        metavar="TOKENS",
+        help="Gemini: tokens for thinking; -1: its choice.",
+    ),
     click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
     click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
     click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Shrink images to this area."),
@@ -114,6 +135,48 @@ submit_options = add_options(
         help="Send rows with these verdicts again, too: failed,truncated,refused…",
     ),
     click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
+)
+
+service_options = add_options(
+    click.option(
+        "--wait/--no-wait", default=True, help="--no-wait: hand over, collect what is done, return. [default: --wait]"
+    ),
+    click.option("--base-url", metavar="URL", help="Where the provider is. [default: that of --host, or the last one]"),
+    click.option(
+        "--api-key-env",
+        metavar="NAME",
+        help="The variable that holds the key, in the environment or .env. [default: OPENAI_API_KEY, GEMINI_API_KEY …]",
+    ),
+    click.option("--completion-window", metavar="TIME", help="How long a batch may take. [default: the host's, 24h]"),
+    click.option("--max-active", type=click.IntRange(1), metavar="N", help="Batches under way at once. [default: 100]"),
+    click.option(
+        "--max-enqueued-tokens", type=click.IntRange(1), metavar="N", help="Input tokens (estimated) under way at once."
+    ),
+    click.option(
+        "--max-cost", type=click.FloatRange(0, min_open=True), metavar="USD", help="Start nothing that may cost more."
+    ),
+    click.option(
+        "--poll-interval",
+        type=click.FloatRange(0.01),
+        metavar="SECONDS",
+        help="Between two looks at a batch. [default: 30]",
+    ),
+    click.option("--delete-remote", is_flag=True, help="Remove the provider's files once they are collected."),
+)
+
+settle_options = add_options(
+    click.option(
+        "--adopt",
+        multiple=True,
+        metavar="ATTEMPT=BATCH",
+        help="Settle a doubtful attempt: this batch of the provider's is its own. Repeatable.",
+    ),
+    click.option(
+        "--resend",
+        multiple=True,
+        metavar="ATTEMPT",
+        help="Settle a doubtful attempt: it was never created, and is sent again. Repeatable.",
+    ),
 )
 
 merge_options = add_options(

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import images, tasks
-from batchkit.errors import RowError
+from batchkit import gemini_requests, images, tasks
+from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
-from batchkit.limits import LIMITS
 from batchkit.options import PrepareOptions
 from batchkit.prompts import compile_template
 from batchkit.requests import RequestMaker
@@ -38,7 +37,7 @@ class Converter:
 
     def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool) -> None:
         self._options = options
-        self._limits = LIMITS[options.backend]
+        self._limits = options.limits
         self._root = Path(image_root)
         self._batch_format = batch_format
         template = options.prompt_template
@@ -59,21 +58,29 @@ class Converter:
         self._maker = RequestMaker(
             model=options.model,
             system=options.system_prompt,
-            parameters={
-                "max_tokens": options.max_tokens,
-                "temperature": options.temperature,
-                "top_p": options.top_p,
-                "seed": options.seed,
-                "reasoning_effort": options.reasoning_effort,
-            },
+            parameters=options.parameters,
             extra=options.extra_body,
             detail=options.image_detail,
         )
+
+        # Rows in batch format bring their own bodies; ours are alike in all that the dialect depends on.
+        self._checks_each = batch_format and options.backend == "gemini"
+        if options.backend == "gemini" and not batch_format:
+            self._refuse_unmapped()
+
+    def _refuse_unmapped(self) -> None:
+        body = tasks.parse_object(self._maker.line("0", "?", []))["body"]
+        try:
+            gemini_requests.check(body)
+        except RowError as exc:
+            raise UsageError(exc.message, hint="leave the option out, or use a backend that has it") from exc
 
     def __call__(self, row: Row) -> Converted:
         try:
             done = self._kept(row) if self._batch_format else self._made(row)
             size = len(done.request) + 1 if done.request is not None else 0
+            if done.request is not None and self._checks_each:
+                gemini_requests.check(tasks.parse_object(done.request)["body"])
             if size > self._options.shard_bytes:
                 raise RowError("size", f"the request has {size:,} bytes, a shard at most {self._options.shard_bytes:,}")
         except RowError as exc:

@@ -18,6 +18,7 @@ from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Plan
 from batchkit.errors import BatchkitError
 from batchkit.progress import Progress
+from batchkit.reports import SubmitReport
 from batchkit.rounds import Group, Key, Pool, plan_room
 from batchkit.runs import Run, Seal
 from batchkit.work import Leases, SpeedFile, Work
@@ -25,31 +26,6 @@ from batchkit.work import Leases, SpeedFile, Work
 POLL_SECONDS = 0.25
 FOLLOW_SECONDS = 2.0
 EXCUSE_SECONDS = 5.0
-
-
-class SubmitReport(msgspec.Struct, kw_only=True):
-    """What one `submit` did, and how the shards that it was for stand now, in requests.
-
-    `sent` counts sendings (a request that is sent again after the engine died counts again), `responses` what came
-    back, `passing` the failures among these that may pass when sent again. `remaining` have no response yet;
-    `unanswered` have one that is no answer, or were rejected by `prepare`. `starts` and `deaths` are the engine's.
-    """
-
-    sent: int = 0
-    responses: int = 0
-    passing: int = 0
-    remaining: int = 0
-    unanswered: int = 0
-    starts: int = 0
-    deaths: int = 0
-    seconds: float = 0.0
-
-    @property
-    def exit_code(self) -> int:
-        """0 every row has an answer, 3 finished but some have none, 8 some are still to be sent."""
-        if self.remaining:
-            return 8
-        return 3 if self.unanswered else 0
 
 
 class _Active(msgspec.Struct, kw_only=True):

@@ -6,7 +6,9 @@
     ├── StorageError              reading or writing failed (disk full, permission, network)
     ├── RunError                  the run directory: not one, of another version, damaged, other options
     │   └── RunBusyError          another process holds what we need
-    └── EngineError               an engine or server that does not start, or dies again and again
+    ├── EngineError               an engine or server that does not start, or dies again and again
+    └── ServiceError              a provider that refuses what it is asked
+        └── CredentialsError      no key, or one that it does not take (exit 4)
 
 What concerns one row is never raised past the stage: it becomes a verdict. `RowError` carries it from where it
 is found to where it is counted.
@@ -49,6 +51,14 @@ class RunBusyError(RunError):
 
 class EngineError(BatchkitError):
     """`detail` holds the end of the engine's own log."""
+
+
+class ServiceError(BatchkitError):
+    pass
+
+
+class CredentialsError(ServiceError):
+    exit_code = 4
 
 
 LONGEST_MESSAGE = 1000

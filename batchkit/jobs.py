@@ -28,15 +28,17 @@ TRIED = frozenset({"collected", "died"})
 class Remote(msgspec.Struct, kw_only=True):
     """What a batch service knows of an attempt, and what it takes to find that again.
 
-    `base_url` and `key_env` (the name of the variable, never the key) say where it is. `tag` marks all that the
-    attempt makes there. `creates` counts the create calls that were begun; `past` are batches of this attempt that ended before
-    anything was run. `state` is the provider's own word, `since` the time of the last change of ours. `input_tokens` and
-    `usd` are the estimates that `--max-enqueued-tokens` and `--max-cost` go by, None where unknown.
+    `base_url` and `key_env` (the name of the variable, never the key) say where it is, `url` is the endpoint of its
+    requests. `tag` marks all that the attempt makes there. `creates` counts the create calls that were begun; `past`
+    are batches of this attempt that ended before anything was run. `state` is the provider's own word, `since` the time
+    of the last change of ours. `input_tokens` and `usd` are the estimates that `--max-enqueued-tokens` and `--max-cost`
+    go by, None where unknown. `files` are the provider's result files, `deleted` says that all files are gone there.
     """
 
     base_url: str
     key_env: str
-    tag: str
+    url: str
+    tag: str = ""
     file_id: str | None = None
     batch_id: str | None = None
     creates: int = 0

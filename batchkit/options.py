@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 import msgspec
@@ -9,11 +10,23 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from batchkit.errors import UsageError
-from batchkit.limits import LIMITS
+from batchkit.limits import HOSTS, Limits, limits_of
 from batchkit.prompts import read_text_option
 
 InputFormat = Literal["auto", "jsonl", "batch"]
-Backend = Literal["vllm"]
+Backend = Literal["vllm", "openai", "gemini"]
+HostName = Literal["openai", "azure", "groq", "together", "dashscope"]
+
+LOCAL_DEFAULTS = {"max_tokens": 100, "temperature": 0.0}
+"""What local models are asked for unless the user says otherwise. To a provider only what was given is sent: reasoning
+models refuse a temperature, and spend a small limit on thinking alone."""
+
+_THINKS = re.compile(
+    r"(?:^|/)(?:o[1-9]\b|gpt-[5-9]|gemini-(?:2\.5|[3-9])|qwq|deepseek-r|qwen3|glm-4\.[5-9])", re.IGNORECASE
+)
+THINKING_TOKENS = 2000
+"""Below this, an answer of a model that thinks may be cut off before its first word: OpenAI advises to leave 25,000
+(platform.openai.com/docs/guides/reasoning), and short thoughts take some hundreds."""
 
 
 class PrepareKeywords(TypedDict, total=False):
@@ -21,6 +34,7 @@ class PrepareKeywords(TypedDict, total=False):
 
     model: str
     backend: Backend
+    host: HostName
     input_format: InputFormat
     image_field: tuple[str, ...] | None
     question_field: str
@@ -36,6 +50,7 @@ class PrepareKeywords(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     reasoning_effort: str | None
+    thinking_budget: int | None
     extra_body: dict[str, Any]
     max_side: int | None
     max_pixels: int | None
@@ -53,13 +68,15 @@ class PrepareOptions(BaseModel):
     `image_field` None means `image` where a row has it; with named ones `on_bad_image` decides on a row that has an
     image in none of them. `id_fields` None means `id` where a row has it. `start`, `end` (exclusive) and `limit` select
     rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound a
-    shard, None for the backend's limits.
+    shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
+    `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, Field(min_length=1)]
     backend: Backend = "vllm"
+    host: HostName = "openai"
     input_format: InputFormat = "auto"
     image_field: tuple[str, ...] | None = None
     question_field: str = "question"
@@ -70,11 +87,12 @@ class PrepareOptions(BaseModel):
     start: NonNegativeInt = 0
     end: NonNegativeInt | None = None
     limit: NonNegativeInt | None = None
-    max_tokens: PositiveInt | None = 100
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 0.0
+    max_tokens: PositiveInt | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
     reasoning_effort: str | None = None
+    thinking_budget: Annotated[int, Field(ge=-1)] | None = None
     extra_body: dict[str, Any] = {}
     max_side: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
@@ -85,8 +103,18 @@ class PrepareOptions(BaseModel):
     max_requests: PositiveInt | None = None
     max_bytes: PositiveInt | None = None
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        local = isinstance(given, dict) and given.get("backend", "vllm") == "vllm"
+        return {**LOCAL_DEFAULTS, **given} if local else given
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.thinking_budget is not None and self.backend != "gemini":
+            raise ValueError("--thinking-budget is Gemini's; --reasoning-effort is what others take")
+        if self.host != "openai" and self.backend != "openai":
+            raise ValueError(f"--host {self.host} goes with --backend openai")
         if self.end is not None and self.end < self.start:
             raise ValueError(f"end {self.end} lies before start {self.start}")
         return self
@@ -100,12 +128,43 @@ class PrepareOptions(BaseModel):
         return min(stops, default=None)
 
     @property
+    def limits(self) -> Limits:
+        return limits_of(self.backend, self.host)
+
+    @property
     def shard_requests(self) -> int:
-        return min(self.max_requests or LIMITS[self.backend].max_requests, LIMITS[self.backend].max_requests)
+        return min(self.max_requests or self.limits.max_requests, self.limits.max_requests)
 
     @property
     def shard_bytes(self) -> int:
-        return min(self.max_bytes or LIMITS[self.backend].max_bytes, LIMITS[self.backend].max_bytes)
+        return min(self.max_bytes or self.limits.max_bytes, self.limits.max_bytes)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The keys of a request's body beside model and messages; None where there is nothing to send."""
+        token_key = HOSTS[self.host].token_key if self.backend == "openai" else "max_tokens"
+        return {
+            token_key: self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "reasoning_effort": self.reasoning_effort,
+            "thinking_budget": self.thinking_budget,
+        }
+
+
+def find_doubts(options: PrepareOptions) -> list[str]:
+    """What is allowed and likely not meant: sentences for the user."""
+    doubts = []
+    thinks = options.backend != "vllm" and _THINKS.search(options.model) is not None
+    if thinks and options.max_tokens is not None and options.max_tokens < THINKING_TOKENS:
+        doubts.append(
+            f"{options.model} thinks before it answers, and --max-tokens {options.max_tokens} bounds both: "
+            "answers may end before their first word; leave it out, or allow some thousands"
+        )
+    if thinks and options.temperature is not None and not options.model.lower().startswith("gemini"):
+        doubts.append(f"{options.model} may refuse a request with a temperature; leave --temperature out")
+    return doubts
 
 
 def check(keywords: PrepareKeywords) -> PrepareOptions:
@@ -122,7 +181,9 @@ def check(keywords: PrepareKeywords) -> PrepareOptions:
         return PrepareOptions(**keywords)
     except pydantic.ValidationError as exc:
         first = exc.errors(include_url=False)[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+        if not first["loc"]:  # of options that do not go together
+            raise UsageError(first["msg"].removeprefix("Value error, "), hint="batchkit prepare --help") from exc
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise UsageError(f"{flag}: {first['msg']}", hint="batchkit prepare --help") from exc
 
 

@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 import xxhash
 
 from batchkit.errors import RunError
-from batchkit.jobs import Attempt
+from batchkit.jobs import OVER, TRIED, Attempt
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read
-
-_OVER = frozenset({"collected", "died"})
 
 
 class Outcome(msgspec.Struct, kw_only=True, gc=False):
@@ -26,7 +24,8 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
 
     `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
     None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries`
-    counts the attempts that took the row, are over (died ones too), and did not answer it.
+    counts the attempts that took the row, are over (died ones too), and did not answer it. `in_flight`: a batch service
+    has the row, or may have.
     """
 
     custom_id: str
@@ -38,6 +37,7 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     message: str | None = None
     code: str | int | None = None
     tries: int = 0
+    in_flight: bool = False
 
 
 class ShardOutcomes(msgspec.Struct, kw_only=True):
@@ -94,7 +94,7 @@ def _read_responses(
     """For each row its (attempt, response) pairs in the order of the files; lines of no row go into `shard`."""
     candidates: list[list[tuple[int, Response]] | None] = [None] * len(shard.ids)
     for number, path in run.responses_paths(shard.seal.shard):
-        still_written = number not in attempts or attempts[number].state not in _OVER
+        still_written = number not in attempts or attempts[number].state not in OVER
         for line in _lines(path):
             try:
                 response = parse(line)
@@ -122,15 +122,28 @@ def to_send(outcomes: ShardOutcomes, *, attempts: int, retry: frozenset[Verdict]
     return [start + index for index, outcome in enumerate(outcomes.outcomes) if _is_due(outcome, attempts, retry)]
 
 
+def to_retry(outcomes: ShardOutcomes, positions: Iterable[int], *, attempts: int) -> list[int]:
+    """Those of `positions` that failed in passing or expired, after fewer than `attempts` tries."""
+    start = outcomes.seal.start
+    known = ((position, outcomes.outcomes[position - start]) for position in positions)
+    return [
+        position
+        for position, outcome in known
+        if outcome.verdict in (Verdict.FAILED, Verdict.EXPIRED) and _is_due(outcome, attempts, frozenset())
+    ]
+
+
 def _is_due(outcome: Outcome, attempts: int, retry: frozenset[Verdict]) -> bool:
     verdict = outcome.verdict
-    if verdict is Verdict.REJECTED:
+    if verdict is Verdict.REJECTED or outcome.in_flight:
         return False
     if verdict is Verdict.PENDING or verdict in retry:
         return True
     if verdict is Verdict.MISSING:
         return outcome.tries < attempts
-    if verdict in (Verdict.FAILED, Verdict.EXPIRED):
+    if verdict is Verdict.EXPIRED:
+        return outcome.tries < attempts
+    if verdict is Verdict.FAILED:
         return outcome.response is not None and outcome.response.passing and outcome.tries < attempts
     return False
 
@@ -151,7 +164,7 @@ def _attempts_of_rows(attempts: list[Attempt], seal: Seal) -> tuple[list[int], l
         for start, end in attempt.rows:
             for index in range(max(start, seal.start) - seal.start, min(end, seal.end) - seal.start):
                 last[index] = attempt.number
-                over[index] += attempt.state in _OVER
+                over[index] += attempt.state in TRIED
     return last, over
 
 
@@ -172,7 +185,7 @@ def _outcome(
     response, number = chosen.response, chosen.attempt
     if response is not None and number is not None and response.verdict in ANSWERS:
         answered_in = {attempt for attempt, found in candidates if found.verdict in ANSWERS and attempt in attempts}
-        tries = over and max(0, over - sum(attempts[attempt].state in _OVER for attempt in answered_in))
+        tries = over and max(0, over - sum(attempts[attempt].state in TRIED for attempt in answered_in))
         verdict = Verdict.CONFLICTING if chosen.conflicts else response.verdict
         message = conflict_message(chosen.conflicts) if chosen.conflicts else response.message
     elif response is not None and number is not None and _counts(response, number, last):
@@ -190,6 +203,7 @@ def _outcome(
         message=message,
         code=response.code if response is not None else None,
         tries=tries,
+        in_flight=last is not None and last.in_flight,
     )
 
 
@@ -206,11 +220,17 @@ def _counts(error: Response, number: int, last: Attempt | None) -> bool:
 def _unanswered(last: Attempt | None) -> tuple[Verdict, str]:
     if last is None:
         return Verdict.PENDING, "not sent yet"
-    if last.state == "died":
-        return Verdict.PENDING, f"the engine ended during attempt {last.number}, before this row had a response"
     if last.state == "collected":
+        if last.ending in ("expired", "cancelled"):
+            word = "expired" if last.ending == "expired" else "was cancelled"
+            return Verdict.EXPIRED, f"the batch of attempt {last.number} {word} before this request was run"
         return Verdict.MISSING, f"sent in attempt {last.number}, which is over, and no response came back"
-    return Verdict.PENDING, f"attempt {last.number} is still running"
+    reasons = {
+        "died": f"the engine ended during attempt {last.number}, before this row had a response",
+        "refused": f"nothing of attempt {last.number} was run: {last.message or 'it was refused'}",
+        "doubtful": f"attempt {last.number} is doubtful: nobody knows whether its batch was created",
+    }
+    return Verdict.PENDING, reasons.get(last.state, f"attempt {last.number} is still running")
 
 
 def conflict_message(conflicts: list[Response]) -> str:

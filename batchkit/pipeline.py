@@ -13,8 +13,8 @@ from batchkit.progress import Console, Silent
 from batchkit.tallies import Report
 
 if TYPE_CHECKING:
-    from batchkit.engines import SubmitReport
     from batchkit.merging import Summary
+    from batchkit.reports import SubmitReport
     from batchkit.responses import Verdict
 
 Show = Callable[[str], AbstractContextManager[Console | Silent]]
@@ -33,6 +33,15 @@ def run(
     retry: frozenset[Verdict] = frozenset(),
     replicas: int = 1,
     engine_args: Sequence[str] = (),
+    wait: bool = True,
+    base_url: str | None = None,
+    api_key_env: str | None = None,
+    completion_window: str | None = None,
+    max_active: int | None = None,
+    max_enqueued_tokens: int | None = None,
+    max_cost: float | None = None,
+    poll_interval: float | None = None,
+    delete_remote: bool = False,
     output: str | Path | None = None,
     parse: str = "text",
     prefix: str = "",
@@ -70,6 +79,15 @@ def run(
                 replicas=replicas,
                 engine_args=engine_args,
                 progress=progress,
+                wait=wait,
+                base_url=base_url,
+                api_key_env=api_key_env,
+                completion_window=completion_window,
+                max_active=max_active,
+                max_enqueued_tokens=max_enqueued_tokens,
+                max_cost=max_cost,
+                poll_interval=poll_interval,
+                delete_remote=delete_remote,
             )
         )
     with show("merge") as progress:

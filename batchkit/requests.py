@@ -14,8 +14,7 @@ import pybase64
 
 from batchkit.errors import UsageError
 from batchkit.images import Picture
-
-CHAT = "/v1/chat/completions"
+from batchkit.limits import CHAT
 
 RESERVED = frozenset({"model", "messages", "stream"})
 """Keys of the body that `--extra-body` may not set: batchkit writes them, or a batch cannot have them."""

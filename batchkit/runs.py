@@ -250,6 +250,18 @@ class Run:
         with write_whole(self.job_path(job.shard), durable=True) as stream:
             stream.write(_pretty(job))
 
+    def cancel(self) -> None:
+        """Tell a `submit` that waits, here or elsewhere, to send nothing more."""
+        with write_whole(self.path / "cancelled") as stream:
+            stream.write(now().encode() + b"\n")
+
+    def last_cancel(self) -> bytes:
+        """Differs after each `cancel`."""
+        try:
+            return (self.path / "cancelled").read_bytes()
+        except OSError:
+            return b""
+
     def was_sent(self) -> bool:
         """Whether any request was ever handed to a backend, or was about to be."""
         return any((self.path / "jobs").iterdir())

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import xxhash
 
 from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Part, Plan
-from batchkit.errors import RunBusyError, RunError
+from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt
 from batchkit.rounds import Key
 from batchkit.runs import Run, Seal, as_ranges, now
-from batchkit.storage import open_read, sync_folder, write_whole
+from batchkit.shardfiles import request_lines
+from batchkit.storage import sync_folder, write_whole
 
 BACKEND = "vllm"
 ABANDONED_SECONDS = 3600
@@ -69,7 +69,7 @@ def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key]) -> Plan:
     sync_folder(folder.parent)
     with write_whole(folder / vllm.INPUT) as stream:
         for part in parts:
-            for line in _requests(run, seals[part.shard], part.rows):
+            for line in request_lines(run, seals[part.shard], part.rows):
                 stream.write(line)
     for part in parts:
         job = run.job(part.shard)
@@ -92,24 +92,6 @@ def _next_attempt(run: Run, shard: int) -> int:
     numbers = [attempt.number for attempt in run.job(shard).attempts]
     numbers += [number for number, _ in run.responses_paths(shard)]
     return max(numbers, default=0) + 1
-
-
-def _requests(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """The lines of some rows of a shard. Raises `RunError` where the file is not the one that was sealed."""
-    rejected = {rejection.position for rejection in seal.rejected}
-    sent = (position for position in range(seal.start, seal.end) if position not in rejected)
-    wanted = {position for start, end in rows for position in range(start, end)}
-    path, digest = run.requests_path(seal.shard), xxhash.xxh3_128()
-    with open_read(str(path)) as stream:
-        for line in stream:
-            digest.update(line)
-            if next(sent, None) in wanted:
-                yield line
-    if digest.hexdigest() != seal.requests_checksum:
-        raise RunError(
-            f"{path}: is not what prepare wrote: its checksum differs",
-            hint=f"delete {path.with_suffix('.json')} and prepare again: it makes the shard anew",
-        )
 
 
 # -- after the engine ------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import xxhash
 
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
 from batchkit.runs import Rejection, Run, Seal
-from batchkit.storage import write_whole
+from batchkit.storage import open_read, write_whole
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
 
 
@@ -208,3 +208,22 @@ def _no_room(exc: sqlite3.OperationalError) -> StorageError:
         f"the temporary file of custom_ids cannot be written: {exc}",
         hint="free some disk space where temporary files go (SQLITE_TMPDIR or TMPDIR names another place)",
     )
+
+
+def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """The lines of some rows of a shard, with their line feeds. Raises `RunError`, behind the last one at the latest,
+    where the file is not the one that was sealed."""
+    rejected = {rejection.position for rejection in seal.rejected}
+    sent = (position for position in range(seal.start, seal.end) if position not in rejected)
+    wanted = {position for start, end in rows for position in range(start, end)}
+    path, digest = run.requests_path(seal.shard), xxhash.xxh3_128()
+    with open_read(str(path)) as stream:
+        for line in stream:
+            digest.update(line)
+            if next(sent, None) in wanted:
+                yield line
+    if digest.hexdigest() != seal.requests_checksum:
+        raise RunError(
+            f"{path}: is not what prepare wrote: its checksum differs",
+            hint=f"delete {path.with_suffix('.json')} and prepare again: it makes the shard anew",
+        )

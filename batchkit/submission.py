@@ -1,30 +1,37 @@
 """The second stage: requests → backend → responses.
 
-`work` says what is due, `engines` runs it, `sessions` keeps what comes back, whatever is killed.
+For local engines `work` says what is due, `engines` runs it, `sessions` keeps what comes back, whatever is killed; for
+batch services `services` does all that, through `watches` and `attempts`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Unpack
 
 from batchkit import sessions
 from batchkit.backends import vllm
-from batchkit.engines import Engines, SubmitReport
+from batchkit.batch_submission import ServiceKeywords, submit_run
+from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
+from batchkit.handover import Settings
 from batchkit.progress import Progress, Silent
+from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
 from batchkit.rounds import Pool
 from batchkit.runs import Run, Seal
+from batchkit.targets import SERVICES
 from batchkit.work import Leases, Scan, Work
 
-BACKENDS = ("vllm",)
+BACKENDS = ("vllm", *SERVICES)
 
 
 def submit(
@@ -38,40 +45,85 @@ def submit(
     replicas: int = 1,
     engine_args: Sequence[str] = (),
     progress: Progress | None = None,
+    **services: Unpack[ServiceKeywords],
 ) -> SubmitReport:
     """Send what has no response yet, and wait for the responses. Again: goes on where it stopped.
 
     `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
     eighth shard, from the third on. `attempts` bounds how often a request is tried that failed in passing or with
-    which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM.
+    which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM,
+    `services` are for batch services; `ServiceKeywords` says what they mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
-    `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `UsageError`.
+    `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `CredentialsError` and
+    `ServiceError` where a provider refuses, `UsageError`.
     """
     began = time.monotonic()
     run = run if isinstance(run, Run) else Run.open(run)
     backend = backend or run.manifest.backend
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}", hint=f"--backend {'|'.join(BACKENDS)}")
-    if attempts < 1 or (limit is not None and limit < 0):
-        raise UsageError("--attempts must be at least 1, and --limit no less than 0")
-    _refuse_senseless(retry)
+    _refuse_unusable(backend, attempts=attempts, limit=limit, retry=retry, engine_args=engine_args, services=services)
     progress = progress or Silent()
     seals = _sealed(run, progress)
     chosen = _select(list(seals.values()), shards)
-    runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
-    _tell_recovered(sessions.recover(run, seals), progress)
-    scan = Scan(run, chosen, attempts=attempts, retry=retry)
-    report = SubmitReport(remaining=scan.due, unanswered=scan.unanswered)
-    with Leases(run) as leases, _terminable():
+    with _terminable():
+        if backend in SERVICES:
+            common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry)
+            with run.lease("submit") if shards is None else contextlib.nullcontext():
+                report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=services)
+        else:
+            runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
+            _tell_recovered(sessions.recover(run, seals), progress)
+            scan = Scan(run, chosen, attempts=attempts, retry=retry)
+            report = _run_engines(run, seals, scan, runner, progress, limit=limit, attempts=attempts, retry=retry)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _run_engines(
+    run: Run,
+    seals: dict[int, Seal],
+    scan: Scan,
+    runner: vllm.Vllm,
+    progress: Progress,
+    *,
+    limit: int | None,
+    attempts: int,
+    retry: frozenset[Verdict],
+) -> SubmitReport:
+    report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
+    if scan.in_flight:
+        progress.say(f"{scan.in_flight:,} requests are at a batch service: they are left to it")
+    with Leases(run) as leases:
         work = Work(run, scan, leases, limit=limit, attempts=attempts, retry=retry)
         progress.grow(work.due)
         engines = Engines(run, seals, runner=runner, work=work, leases=leases, report=report, progress=progress)
         engines.go(Pool(engines.take_fresh, attempts=attempts, proven=scan.answered))
         if work.busy is not None and not report.sent:
             raise work.busy
-    report.seconds = time.monotonic() - began
     return report
+
+
+def _refuse_unusable(
+    backend: str,
+    *,
+    attempts: int,
+    limit: int | None,
+    retry: frozenset[Verdict],
+    engine_args: Sequence[str],
+    services: ServiceKeywords,
+) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}", hint=f"--backend {'|'.join(BACKENDS)}")
+    if attempts < 1 or (limit is not None and limit < 0):
+        raise UsageError("--attempts must be at least 1, and --limit no less than 0")
+    if engine_args and backend != "vllm":
+        raise UsageError(f"arguments behind -- go to vLLM; {backend} takes none", hint="leave them out")
+    if backend == "vllm":
+        for name, value in services.items():
+            if value not in (None, ()) and value is not (name == "wait"):
+                flag = "--no-wait" if name == "wait" else "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} is for batch services, not for vllm", hint="--backend names one")
+    _refuse_senseless(retry)
 
 
 def responses_count(run: Run | str | Path) -> int:
@@ -96,6 +148,7 @@ def discard(run: Run | str | Path) -> int:
         with run.lease(f"{shard:05d}"):
             pass
     sessions.recover(run, seals)  # ends engines that were left over
+    _refuse_in_flight(run, seals)
     count = responses_count(run)
     for shard in seals:
         with run.lease(f"{shard:05d}"):
@@ -103,6 +156,15 @@ def discard(run: Run | str | Path) -> int:
                 path.unlink()
             run.job_path(shard).unlink(missing_ok=True)
     return count
+
+
+def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:
+    flying = sum(attempt.in_flight for shard in seals for attempt in run.job(shard).attempts)
+    if flying:
+        raise RunError(
+            f"{run.path}: {flying} batches are under way at a provider, and would be paid for in vain",
+            hint=f"batchkit cancel {shlex.quote(str(run.path))} first",
+        )
 
 
 def _refuse_senseless(retry: frozenset[Verdict]) -> None:

@@ -46,11 +46,11 @@ class Leases:
 
 
 class Scan:
-    """What the chosen shards hold before anything is sent: `due` and `unanswered` requests, and whether any engine
-    ever `answered`."""
+    """What the chosen shards hold before anything is sent: requests that are `due`, `unanswered`, or `in_flight` at a
+    batch service, and whether any engine ever `answered`."""
 
     def __init__(self, run: Run, seals: Sequence[Seal], *, attempts: int, retry: frozenset[Verdict]) -> None:
-        self.due = self.unanswered = 0
+        self.due = self.unanswered = self.in_flight = 0
         self.answered = False
         self.shards: list[Seal] = []
         size = pixels = requests = 0
@@ -61,8 +61,10 @@ class Scan:
                 found = outcomes.load(run, seal)
                 due = len(outcomes.to_send(found, attempts=attempts, retry=retry))
                 answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
+                flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
                 self.answered = self.answered or answered > 0
-                self.unanswered += max(0, seal.requests - answered - due)
+                self.in_flight += flying
+                self.unanswered += max(0, seal.requests - answered - due - flying)
             if due:
                 self.due += due
                 self.shards.append(seal)

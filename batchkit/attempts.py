@@ -1,0 +1,276 @@
+"""One attempt at a batch service, step by step. Every step is on the disk before the next one begins.
+
+1. `intended`: the rows, and the tag that marks all it makes at the provider
+2. the file is uploaded; `uploaded`, with its id
+3. `creating`, then the create call, which is paid for and never repeated
+4. `running`, with the batch's id
+5. the batch ends; its files are downloaded aside, translated, and written as `responses/NNNNN.A.jsonl`
+6. `collected` (or `refused`, where nothing was run)
+
+A process that died is taken up where it was: an upload is made again, which costs nothing; a create is looked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from batchkit.batches import Batch, Order, Service
+from batchkit.jobs import Attempt, AttemptState, Ending, Remote
+from batchkit.responses import ANSWERS, UnreadableLine, parse
+from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.shardfiles import request_lines
+from batchkit.storage import open_read, write_whole
+
+SHOWN_LABEL = 64
+
+
+class Tracked(msgspec.Struct, kw_only=True):
+    """An attempt that this process works on. `positions` are its requests' rows, in the order of the file's lines."""
+
+    seal: Seal
+    attempt: Attempt
+    positions: list[int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.seal.shard:05d}.{self.attempt.number}"
+
+    @property
+    def label(self) -> str:
+        """How people know it."""
+        return f"shard {self.seal.shard}, attempt {self.attempt.number}"
+
+    @property
+    def remote(self) -> Remote:
+        if self.attempt.remote is None:
+            raise AssertionError("not an attempt at a batch service")
+        return self.attempt.remote
+
+
+class Gathered(msgspec.Struct, kw_only=True):
+    """What came back: how many requests have a line, how many of these are answers, how many failures may pass."""
+
+    responses: int = 0
+    answers: int = 0
+    passing: int = 0
+
+
+class ShortError(Exception):
+    """The files of a batch have fewer lines than the batch says it has."""
+
+    def __init__(self, found: int, expected: int) -> None:
+        super().__init__(f"{found:,} lines came of {expected:,} that the provider counts")
+
+
+# -- steps 1 to 4 ----------------------------------------------------------------------------------------------------
+
+
+def intend(run: Run, seal: Seal, positions: Sequence[int], remote: Remote, *, backend: str) -> Tracked:
+    """Step 1. The shard's lease is held."""
+    remote.tag = secrets.token_hex(12)
+    job = run.job(seal.shard)
+    numbers = [attempt.number for attempt in job.attempts] + [number for number, _ in run.responses_paths(seal.shard)]
+    attempt = Attempt(
+        number=max(numbers, default=0) + 1,
+        backend=backend,
+        state="intended",
+        rows=as_ranges(positions),
+        started=now(),
+        remote=remote,
+    )
+    job.attempts.append(attempt)
+    run.write_job(job)
+    return Tracked(seal=seal, attempt=attempt, positions=list(positions))
+
+
+def take_up(run: Run, seal: Seal) -> list[Tracked]:
+    """The attempts at batch services that are not over. The shard's lease is held."""
+    rejected = {rejection.position for rejection in seal.rejected}
+    return [
+        Tracked(
+            seal=seal,
+            attempt=attempt,
+            positions=[
+                position for start, end in attempt.rows for position in range(start, end) if position not in rejected
+            ],
+        )
+        for attempt in run.job(seal.shard).attempts
+        if attempt.in_flight
+    ]
+
+
+def save(run: Run, tracked: Tracked, state: AttemptState, *, message: str | None = None) -> None:
+    """Put the attempt, as it is now, into the job, in `state`."""
+    job = run.job(tracked.seal.shard)
+    tracked.attempt.state, tracked.attempt.message = state, message
+    tracked.remote.since = now()
+    if state in ("collected", "refused"):
+        tracked.attempt.ended = now()
+    job.attempts = [tracked.attempt if kept.number == tracked.attempt.number else kept for kept in job.attempts]
+    run.write_job(job)
+
+
+def upload(run: Run, tracked: Tracked, service: Service) -> None:
+    """Step 2."""
+    with _request_file(run, tracked, service) as path:
+        tracked.remote.file_id = service.upload(path, f"batchkit-{tracked.name}-{tracked.remote.tag}.jsonl")
+    save(run, tracked, "uploaded")
+
+
+def create(run: Run, tracked: Tracked, service: Service) -> Batch:
+    """Steps 3 and 4. Raises what `Service.create` raises; after a `DoubtfulError` the state stays `creating`."""
+    tracked.remote.creates += 1
+    save(run, tracked, "creating")
+    batch = service.create(order_of(run, tracked))
+    begin(run, tracked, batch)
+    return batch
+
+
+def begin(run: Run, tracked: Tracked, batch: Batch) -> None:
+    """Step 4: this batch, just created or found again, is the attempt's."""
+    tracked.remote.batch_id, tracked.remote.state = batch.id, batch.state
+    save(run, tracked, "running")
+
+
+def order_of(run: Run, tracked: Tracked) -> Order:
+    """What step 3 creates; also what a create that went astray is looked for by."""
+    remote = tracked.remote
+    labels = {
+        "batchkit_run": run.path.name[:SHOWN_LABEL],
+        "batchkit_shard": str(tracked.seal.shard),
+        "batchkit_attempt": str(tracked.attempt.number),
+    }
+    return Order(
+        file_id=remote.file_id or "",
+        url=remote.url,
+        model=run.manifest.model,
+        tag=f"{remote.tag}-{remote.creates}",
+        labels=labels,
+        past=tuple(remote.past),
+        since=dt.datetime.fromisoformat(tracked.attempt.started).timestamp(),
+    )
+
+
+@contextlib.contextmanager
+def _request_file(run: Run, tracked: Tracked, service: Service) -> Iterator[Path]:
+    """The attempt's requests in the provider's dialect, as a file that is gone at the end of the block."""
+    path = run.path / "uploads" / f"{tracked.name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with write_whole(path) as stream:
+            for line in request_lines(run, tracked.seal, tracked.attempt.rows):
+                stream.write(service.request(line.removesuffix(b"\n")) + b"\n")
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# -- steps 5 and 6 ---------------------------------------------------------------------------------------------------
+
+
+def collect(run: Run, tracked: Tracked, service: Service, batch: Batch, *, complete: bool = True) -> Gathered:
+    """Download all files of a batch that has ended, and close the attempt.
+
+    Raises `ShortError` where they hold fewer lines than the batch counts, unless `complete` is False: then what there
+    is, is kept, and the attempt says how much is missing.
+    """
+    folder = run.path / "downloads" / tracked.name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        parts = []
+        for index, file_id in enumerate(batch.files):
+            parts.append(folder / f"{index}.jsonl")
+            service.download(file_id, parts[-1], alive=lambda count: None)  # noqa: ARG005
+        gathered, short = _write_responses(run, tracked, service, batch, parts, complete=complete)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    tracked.attempt.ending = _ending(batch)
+    tracked.remote.state, tracked.remote.files = batch.state, list(batch.files)
+    save(run, tracked, "collected", message=short)
+    return gathered
+
+
+def _write_responses(
+    run: Run, tracked: Tracked, service: Service, batch: Batch, parts: Sequence[Path], *, complete: bool
+) -> tuple[Gathered, str | None]:
+    gathered, seen, lines = Gathered(), set[str](), 0
+    expected = _expected(tracked, batch)
+    short: str | None = None
+    with write_whole(run.responses_path(tracked.seal.shard, tracked.attempt.number), durable=True) as stream:
+        for line in _lines(parts):
+            translated = service.response(line)
+            stream.write(translated + b"\n")
+            lines += 1
+            with contextlib.suppress(UnreadableLine):
+                response = parse(translated)
+                if response.custom_id not in seen:
+                    seen.add(response.custom_id)
+                    gathered.responses += 1
+                    gathered.answers += response.verdict in ANSWERS
+                    gathered.passing += response.passing
+        if len(seen) < min(expected, len(tracked.positions)):
+            error = ShortError(len(seen), expected)
+            if complete:
+                raise error
+            short = str(error)
+    return gathered, short
+
+
+def _expected(tracked: Tracked, batch: Batch) -> int:
+    """How many requests must have a line: as many as the provider counts, all where it says only that it is done."""
+    if batch.completed is None and batch.failed is None and batch.phase == "completed" and not batch.partial:
+        return len(tracked.positions)
+    return (batch.completed or 0) + (batch.failed or 0)
+
+
+def _lines(parts: Sequence[Path]) -> Iterator[bytes]:
+    """The lines of all files, without line feeds and blank ones."""
+    for part in parts:
+        with open_read(str(part)) as stream:
+            for line in stream:
+                if line.strip():
+                    yield line.rstrip(b"\r\n")
+
+
+def _ending(batch: Batch) -> Ending:
+    return "completed" if batch.phase == "running" else batch.phase
+
+
+def set_aside(run: Run, tracked: Tracked, batch: Batch) -> list[int]:
+    """Close the attempt at a batch that failed validation: the requests that the provider names become `failed`, with
+    its reason, and the others are to be sent again. Returns the positions of the former."""
+    ids = run.read_ids(tracked.seal)
+    zero_based = any(fault.line == 0 for fault in batch.faults)  # some hosts count the lines from 0
+    reasons: dict[int, str] = {}
+    for fault in batch.faults:
+        index = -1 if fault.line is None else fault.line - (0 if zero_based else 1)
+        if 0 <= index < len(tracked.positions):
+            reasons.setdefault(tracked.positions[index], f"refused by the provider: {fault.message}")
+    with write_whole(run.responses_path(tracked.seal.shard, tracked.attempt.number), durable=True) as stream:
+        for position, reason in sorted(reasons.items()):
+            error = {"code": "refused_by_validation", "message": reason}
+            line = {"custom_id": ids[position - tracked.seal.start], "response": None, "error": error}
+            stream.write(msgspec.json.encode(line) + b"\n")
+    tracked.attempt.ending, tracked.remote.state = "failed", batch.state
+    save(run, tracked, "refused", message=f"{len(reasons):,} requests failed the provider's validation")
+    return sorted(reasons)
+
+
+def clean_up(run: Run, shard: int) -> None:
+    """Remove what an earlier process left of uploads and downloads. The shard's lease is held."""
+    for path in (run.path / "uploads").glob(f"*{shard:05d}.*"):
+        path.unlink(missing_ok=True)
+    for path in (run.path / "downloads").glob(f"{shard:05d}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def seconds_since(moment: str) -> float:
+    """Seconds since a time that `now` gave, also in another process."""
+    return (dt.datetime.now(dt.UTC) - dt.datetime.fromisoformat(moment)).total_seconds()

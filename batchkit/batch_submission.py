@@ -1,0 +1,179 @@
+"""The stage `submit` for batch services, and `cancel`: what is common to both is the loop of `services`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypedDict
+
+import msgspec
+
+from batchkit import attempts, outcomes, targets
+from batchkit.batches import PassingError, RefusedError, Service
+from batchkit.errors import UsageError
+from batchkit.handover import Estimate, Pace, Settings
+from batchkit.progress import Progress
+from batchkit.reports import SubmitReport
+from batchkit.responses import ANSWERS
+from batchkit.runs import Run, Seal
+from batchkit.services import Services
+from batchkit.targets import Target
+from batchkit.work import Leases
+
+PACE = Pace()
+
+
+class ServiceKeywords(TypedDict, total=False):
+    """What `submit` takes for batch services.
+
+    `wait` False: hand over what there is room for, collect what is done, and return. `host`, `base_url`, `api_key_env`
+    and `completion_window` say where and how; None for those of the last time, or of the preparation. `max_active`
+    bounds the batches under way, `max_enqueued_tokens` their input tokens, `max_cost` the dollars of the whole run.
+    `poll_interval` in seconds. `delete_remote` removes the provider's files once they are collected and checked.
+    `adopt` ("00003.1=BATCH_ID") and `resend` ("00003.1") settle doubtful attempts.
+    """
+
+    wait: bool
+    host: str | None
+    base_url: str | None
+    api_key_env: str | None
+    completion_window: str | None
+    max_active: int | None
+    max_enqueued_tokens: int | None
+    max_cost: float | None
+    poll_interval: float | None
+    delete_remote: bool
+    adopt: Sequence[str]
+    resend: Sequence[str]
+
+
+def submit_run(
+    run: Run,
+    seals: Mapping[int, Seal],
+    chosen: Sequence[Seal],
+    backend: str,
+    *,
+    common: Settings,
+    progress: Progress,
+    keywords: ServiceKeywords,
+) -> SubmitReport:
+    """`submit` for the batch service `backend`, of the shards `chosen`."""
+    target = targets.choose(
+        run,
+        backend,
+        host=keywords.get("host"),
+        base_url=keywords.get("base_url"),
+        key_env=keywords.get("api_key_env"),
+        window=keywords.get("completion_window"),
+    )
+    service, key_env = targets.connect(target)
+    settings = _settings(common, keywords, key_env)
+    settle(run, seals, service, adopt=keywords.get("adopt", ()), resend=keywords.get("resend", ()))
+    return submit_batches(
+        run,
+        chosen,
+        target=target,
+        service=service,
+        settings=settings,
+        estimate=lambda seal, requests: Estimate(),  # noqa: ARG005
+        progress=progress,
+    )
+
+
+def _settings(common: Settings, keywords: ServiceKeywords, key_env: str) -> Settings:
+    poll = keywords.get("poll_interval")
+    return msgspec.structs.replace(
+        common,
+        key_env=key_env,
+        wait=keywords.get("wait", True),
+        max_active=keywords.get("max_active") or common.max_active,
+        max_enqueued_tokens=keywords.get("max_enqueued_tokens"),
+        max_cost=keywords.get("max_cost"),
+        delete_remote=keywords.get("delete_remote", False),
+        pace=PACE if poll is None else msgspec.structs.replace(PACE, poll=poll),
+    )
+
+
+def submit_batches(
+    run: Run,
+    seals: Sequence[Seal],
+    *,
+    target: Target,
+    service: Service,
+    settings: Settings,
+    estimate: Callable[[Seal, int], Estimate],
+    progress: Progress,
+) -> SubmitReport:
+    """Hand the shards `seals` over, and collect what is done. Raises what `Services.go` raises, and `RunBusyError`
+    where other processes hold all there is to do."""
+    report = SubmitReport()
+    with Leases(run) as leases:
+        services = Services(
+            run,
+            seals,
+            service=service,
+            limits=target.limits,
+            settings=settings,
+            estimate=estimate,
+            leases=leases,
+            report=report,
+            progress=progress,
+        )
+        services.go()
+        if services.busy is not None and not report.sent and not report.responses:
+            raise services.busy
+    count(run, seals, report, attempts=settings.attempts)
+    return report
+
+
+def count(run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: int) -> None:
+    """Fill in how the shards stand now."""
+    report.remaining = report.unanswered = report.in_flight = 0
+    for seal in seals:
+        if not run.job_path(seal.shard).exists():
+            report.remaining += seal.requests
+            report.unanswered += len(seal.rejected)
+            continue
+        found = outcomes.load(run, seal)
+        due = len(outcomes.to_send(found, attempts=attempts))
+        flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
+        answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
+        report.in_flight += flying
+        report.remaining += due + flying
+        report.unanswered += len(found.outcomes) - answered - due - flying
+
+
+# -- what the user decides -------------------------------------------------------------------------------------------
+
+
+def settle(
+    run: Run, seals: Mapping[int, Seal], service: Service, *, adopt: Sequence[str], resend: Sequence[str]
+) -> None:
+    """Settle doubtful attempts as the user says: `adopt` has ATTEMPT=BATCH_ID, `resend` ATTEMPT, as 00003.1."""
+    for text in adopt:
+        name, _, batch_id = text.partition("=")
+        with _doubtful(run, seals, name, "--adopt") as tracked:
+            try:
+                batch = service.check(batch_id)
+            except (RefusedError, PassingError) as exc:
+                raise UsageError(f"--adopt {text}: {exc}", hint="check the batch's id at the provider") from exc
+            attempts.begin(run, tracked, batch)
+    for name in resend:
+        with _doubtful(run, seals, name, "--resend") as tracked:
+            attempts.save(run, tracked, "refused", message="the user says that its batch was not created")
+
+
+@contextlib.contextmanager
+def _doubtful(run: Run, seals: Mapping[int, Seal], name: str, flag: str) -> Iterator[attempts.Tracked]:
+    shard, _, number = name.partition(".")
+    seal = seals.get(int(shard)) if shard.isdecimal() else None
+    if seal is None:
+        raise UsageError(f"{flag} {name}: the run has no such attempt", hint=f"{flag} 00003.1 names shard and attempt")
+    with run.lease(f"{seal.shard:05d}"):
+        for tracked in attempts.take_up(run, seal):
+            if str(tracked.attempt.number) == number and tracked.attempt.state == "doubtful":
+                yield tracked
+                return
+        raise UsageError(
+            f"{flag} {name}: this attempt is not doubtful", hint="batchkit status RUN lists those that are"
+        )

@@ -1,0 +1,106 @@
+"""`cancel`: end what a run has under way at a batch service, and keep what was finished."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from batchkit import batch_submission, targets
+from batchkit.batch_submission import count, submit_batches
+from batchkit.batches import PassingError, RefusedError, Service
+from batchkit.errors import RunBusyError, UsageError
+from batchkit.handover import Estimate, Settings
+from batchkit.progress import Progress, Silent
+from batchkit.reports import SubmitReport
+from batchkit.runs import Run, Seal
+
+
+class CancelReport(msgspec.Struct, kw_only=True):
+    """`cancelled` batches were asked to end, `ended` had ended already; `collected` responses came of them so far.
+    `in_flight` requests are not collected yet."""
+
+    cancelled: int = 0
+    ended: int = 0
+    collected: int = 0
+    in_flight: int = 0
+
+
+def cancel(
+    run: Run | str | Path,
+    *,
+    backend: str | None = None,
+    base_url: str | None = None,
+    api_key_env: str | None = None,
+    wait: bool = True,
+    poll_interval: float | None = None,
+    progress: Progress | None = None,
+) -> CancelReport:
+    """Cancel all batches of the run at the provider, and collect what they have finished.
+
+    Where a `submit` waits for them, it is told to send nothing more, and collects. Raises `CredentialsError`,
+    `ServiceError`, and `UsageError` where the run was never sent to a batch service.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    seals = list(run.seals())
+    target = targets.choose(run, backend or _last_backend(run), base_url=base_url, key_env=api_key_env)
+    service, key_env = targets.connect(target)
+    progress = progress or Silent()
+    pace = batch_submission.PACE
+    if poll_interval is not None:
+        pace = msgspec.structs.replace(pace, poll=poll_interval)
+    report = CancelReport()
+    run.cancel()
+    for batch_id in _under_way(run, seals, service):
+        _cancel_one(service, batch_id, report, progress)
+    submitted = SubmitReport()
+    try:
+        submitted = submit_batches(
+            run,
+            seals,
+            target=target,
+            service=service,
+            settings=Settings(key_env=key_env, wait=wait, sends=False, pace=pace),
+            estimate=lambda seal, requests: Estimate(),  # noqa: ARG005  # nothing is sent
+            progress=progress,
+        )
+    except RunBusyError as exc:
+        progress.say(f"{exc.message}, which collects them")
+        with contextlib.suppress(RunBusyError):
+            count(run, seals, submitted, attempts=1)
+    report.collected, report.in_flight = submitted.responses, submitted.in_flight
+    return report
+
+
+def _last_backend(run: Run) -> str:
+    found = [name for name in targets.SERVICES if targets.last_remote(run, name) is not None]
+    if not found:
+        raise UsageError(f"{run.path} was never sent to a batch service", hint="Ctrl-C ends a submit on local GPUs")
+    if len(found) > 1:
+        raise UsageError(f"{run.path} was sent to {' and '.join(found)}", hint="--backend names one")
+    return found[0]
+
+
+def _under_way(run: Run, seals: Sequence[Seal], service: Service) -> list[str]:
+    return [
+        attempt.remote.batch_id
+        for seal in seals
+        for attempt in run.job(seal.shard).attempts
+        if attempt.remote is not None
+        and attempt.in_flight
+        and attempt.remote.batch_id is not None
+        and (attempt.backend, attempt.remote.base_url) == (service.name, service.base_url)
+    ]
+
+
+def _cancel_one(service: Service, batch_id: str, report: CancelReport, progress: Progress) -> None:
+    try:
+        if service.check(batch_id).phase != "running":
+            report.ended += 1
+            return
+        service.cancel(batch_id)
+        report.cancelled += 1
+    except (PassingError, RefusedError) as exc:
+        progress.say(f"batch {batch_id}: {exc}")

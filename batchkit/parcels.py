@@ -1,0 +1,59 @@
+"""The requests of a shard that are due, cut into what one batch takes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from batchkit.limits import CHAT, Limits
+from batchkit.runs import Run, Seal, as_ranges
+from batchkit.shardfiles import request_lines
+from batchkit.shards import pack
+
+
+class Parcel(msgspec.Struct, frozen=True, kw_only=True):
+    """What one batch takes: requests of one shard to one endpoint, `size` bytes in all. `positions` are their rows."""
+
+    seal: Seal
+    positions: list[int]
+    url: str
+    size: int
+
+
+class _Addressed(msgspec.Struct):
+    url: str
+
+
+_url_of = msgspec.json.Decoder(_Addressed).decode
+
+
+def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[Parcel]:
+    """The requests at `positions` (ascending) within `limits`, each parcel to a single endpoint.
+
+    Raises `RunError` where the requests are not those that were sealed.
+    """
+    if not positions:
+        return []
+    mixed = run.manifest.options.get("input_format") == "batch"  # else batchkit made them, all to one endpoint
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    for position, line in zip(positions, request_lines(run, seal, as_ranges(positions)), strict=True):
+        sizes.setdefault(_url_of(line).url if mixed else CHAT, []).append((position, len(line)))
+    return [parcel for url, entries in sizes.items() for parcel in _packed(seal, url, entries, limits)]
+
+
+def halve(parcel: Parcel) -> list[Parcel]:
+    """Two of half the requests each."""
+    middle = len(parcel.positions) // 2
+    return [
+        Parcel(seal=parcel.seal, positions=part, url=parcel.url, size=parcel.size // 2)
+        for part in (parcel.positions[:middle], parcel.positions[middle:])
+    ]
+
+
+def _packed(seal: Seal, url: str, entries: Sequence[tuple[int, int]], limits: Limits) -> Iterator[Parcel]:
+    numbers = pack((size for _, size in entries), max_requests=limits.max_requests, max_bytes=limits.max_bytes)
+    for _, group in itertools.groupby(zip(numbers, entries, strict=True), key=lambda pair: pair[0]):
+        part = [entry for _, entry in group]
+        yield Parcel(seal=seal, positions=[position for position, _ in part], url=url, size=sum(s for _, s in part))

@@ -1,0 +1,34 @@
+"""What a `submit` reports, whoever answered."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SubmitReport(msgspec.Struct, kw_only=True):
+    """What one `submit` did, and how the shards that it was for stand now, in requests.
+
+    `sent` counts sendings (a request that is sent again after the engine died counts again), `responses` what came
+    back, `passing` the failures among these that may pass when sent again. `remaining` have no response yet;
+    `unanswered` have one that is no answer, or were rejected by `prepare`. `starts` and `deaths` are the engine's.
+    Of `remaining`, `in_flight` are at a batch service; `doubtful` names attempts (shard.attempt) that the user has to
+    decide on.
+    """
+
+    sent: int = 0
+    responses: int = 0
+    passing: int = 0
+    remaining: int = 0
+    unanswered: int = 0
+    starts: int = 0
+    deaths: int = 0
+    seconds: float = 0.0
+    in_flight: int = 0
+    doubtful: list[str] = []
+
+    @property
+    def exit_code(self) -> int:
+        """0 every row has an answer, 3 finished but some have none, 8 some are still to be sent."""
+        if self.remaining:
+            return 8
+        return 3 if self.unanswered else 0

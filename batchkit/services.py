@@ -1,0 +1,368 @@
+"""The batches of one `submit`, created, watched and collected by one loop in one thread.
+
+Batches run by themselves, so all there is to do is to hand over what there is room for, to look at each now and then,
+and to send again what came back undone. `watches` moves a single attempt, `attempts` keeps it on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from batchkit import attempts, outcomes, parcels
+from batchkit.attempts import Tracked
+from batchkit.batches import Service
+from batchkit.errors import BatchkitError, RunBusyError, ServiceError
+from batchkit.handover import Estimate, Settings
+from batchkit.jobs import Remote
+from batchkit.limits import Limits
+from batchkit.parcels import Parcel
+from batchkit.progress import BoardRow, Progress
+from batchkit.reports import SubmitReport
+from batchkit.runs import Run, Seal
+from batchkit.watches import Clerk, Event, Watch
+from batchkit.work import Leases
+
+TOKEN_WAITS = 4
+"""So often an attempt that is alone in the queue of tokens waits, before it is cut in two."""
+
+SLICE_SECONDS = 1.0
+REFUSED_HINT = "nothing of it was run or paid for; mend the cause and run the same again"
+
+
+class Services:
+    """The batches of one `submit` at one service."""
+
+    def __init__(
+        self,
+        run: Run,
+        seals: Sequence[Seal],
+        *,
+        service: Service,
+        limits: Limits,
+        settings: Settings,
+        estimate: Callable[[Seal, int], Estimate],
+        leases: Leases,
+        report: SubmitReport,
+        progress: Progress,
+    ) -> None:
+        self._run = run
+        self._service = service
+        self._limits = limits
+        self._settings = settings
+        self._estimate = estimate
+        self._leases = leases
+        self._report = report
+        self._progress = progress
+        self._clerk = Clerk(run, service, settings.pace, progress)
+        self._closed = deque(seals)
+        self._queue: deque[Parcel] = deque()
+        self._watches: dict[str, Watch] = {}
+        self._left = settings.limit
+        self._spent = sum(_usd(run, seal) for seal in seals)
+        self._validations: Counter[int] = Counter()
+        self._proven = False
+        self._stopped = not settings.sends
+        self._blocked_until = 0.0
+        self._cancels = run.last_cancel()
+        self.error: BatchkitError | None = None
+        self.busy: RunBusyError | None = None
+
+    def go(self) -> None:
+        """Until nothing is left that can be done now. Raises what stopped it, when what runs has been collected."""
+        self._take_up()
+        if self._stopped:
+            self._drop_unsent("cancelled before its batch was created")
+        while True:
+            self._look()
+            self._send()
+            self._progress.board([_row(watch) for watch in self._watches.values()])
+            if not self._settings.wait or not self._watches:
+                break
+            self._sleep()
+        if self.error is not None:
+            raise self.error
+
+    # -- what there is to do
+
+    def _take_up(self) -> None:
+        """Go on with the attempts that an earlier process left."""
+        rest = deque[Seal]()
+        for seal in self._closed:
+            rest.append(seal)
+            if not any(attempt.in_flight for attempt in self._run.job(seal.shard).attempts):
+                continue
+            try:
+                self._leases.hold(seal.shard)
+            except RunBusyError as exc:
+                self.busy = exc
+                rest.pop()
+                continue
+            attempts.clean_up(self._run, seal.shard)
+            for tracked in attempts.take_up(self._run, seal):
+                self._take_up_one(tracked)
+        self._closed = rest
+
+    def _take_up_one(self, tracked: Tracked) -> None:
+        remote = tracked.remote
+        watch = Watch(tracked=tracked)
+        if (tracked.attempt.backend, remote.base_url) == (self._service.name, self._service.base_url):
+            self._watches[tracked.name] = watch
+        elif watch.is_created:
+            self._progress.say(
+                f"{tracked.label} is at {tracked.attempt.backend} ({remote.base_url}): this submit leaves it alone"
+            )
+        else:
+            attempts.save(self._run, tracked, "refused", message="withdrawn before its batch was created")
+
+    def _next(self) -> Parcel | None:
+        """The next parcel, of a shard whose lease is held; it stays in the queue."""
+        while not self._queue and self._closed:
+            seal = self._closed.popleft()
+            try:
+                self._leases.hold(seal.shard)
+            except RunBusyError as exc:
+                self.busy = exc
+                continue
+            found = outcomes.load(self._run, seal)
+            due = outcomes.to_send(found, attempts=self._settings.attempts, retry=self._settings.retry)
+            if due:
+                self._queue.extend(parcels.cut(self._run, seal, due, self._limits))
+            else:
+                self._release()
+        return self._queue[0] if self._queue else None
+
+    def _send(self) -> None:
+        """Create batches while there is room for more."""
+        while self._has_room() and (parcel := self._next()) is not None:
+            if self._left is not None and len(parcel.positions) > self._left:
+                parcel = msgspec.structs.replace(parcel, positions=parcel.positions[: self._left])
+            estimate = self._estimate(parcel.seal, len(parcel.positions))
+            if not self._has_tokens(estimate) or not self._can_pay(estimate):
+                return
+            self._queue.popleft()
+            self._start(parcel, estimate)
+
+    def _start(self, parcel: Parcel, estimate: Estimate) -> None:
+        remote = Remote(
+            base_url=self._service.base_url,
+            key_env=self._settings.key_env,
+            url=parcel.url,
+            input_tokens=estimate.input_tokens,
+            usd=estimate.usd,
+        )
+        tracked = attempts.intend(self._run, parcel.seal, parcel.positions, remote, backend=self._service.name)
+        self._spent += estimate.usd or 0.0
+        self._report.sent += len(parcel.positions)
+        if self._left is not None:
+            self._left -= len(parcel.positions)
+        self._watches[tracked.name] = Watch(tracked=tracked)
+        self._look_at(tracked.name, self._watches[tracked.name])
+
+    # -- room
+
+    def _has_room(self) -> bool:
+        if self._stopped or self._left == 0 or len(self._watches) >= self._settings.max_active:
+            return False
+        if time.monotonic() < self._blocked_until:
+            return False
+        # What could not be created yet goes first.
+        return all(watch.is_created for watch in self._watches.values())
+
+    def _has_tokens(self, estimate: Estimate) -> bool:
+        most = self._settings.max_enqueued_tokens
+        queued = [watch.tracked.remote.input_tokens or 0 for watch in self._watches.values() if watch.counts]
+        return most is None or not queued or sum(queued) + (estimate.input_tokens or 0) <= most
+
+    def _can_pay(self, estimate: Estimate) -> bool:
+        most = self._settings.max_cost
+        if most is None or self._spent + (estimate.usd or 0.0) <= most:
+            return True
+        self._stop(
+            ServiceError(
+                f"what is left would cost more than --max-cost {most:g}: {self._spent:.2f} USD are spent at most",
+                hint="raise --max-cost and run the same again",
+            )
+        )
+        return False
+
+    # -- looking
+
+    def _look(self) -> None:
+        self._notice_cancel()
+        for name, watch in list(self._watches.items()):
+            if watch.next_look <= time.monotonic():
+                self._look_at(name, watch)
+
+    def _look_at(self, name: str, watch: Watch) -> None:
+        may_create = not self._stopped and time.monotonic() >= self._blocked_until
+        event = self._clerk.look(watch, may_create=may_create)
+        if watch.batch is not None and watch.batch.state not in ("validating", "failed"):
+            self._proven = True
+        if event is not None:
+            if event.kind != "tokens":
+                del self._watches[name]
+            self._handle(watch, event)
+            self._release()
+
+    def _handle(self, watch: Watch, event: Event) -> None:
+        tracked = watch.tracked
+        if event.kind == "collected":
+            self._collected(tracked, event)
+        elif event.kind == "tokens":
+            self._wait_for_tokens(watch, event)
+        elif event.kind == "set-aside":
+            self._set_aside(tracked, event)
+        elif event.kind == "doubtful":
+            self._report.doubtful.append(tracked.name)
+        elif event.kind == "refused" and event.too_large and len(tracked.positions) > 1:
+            self._shrink(tracked, event)
+        elif event.kind == "refused":
+            self._spent -= tracked.remote.usd or 0.0
+            self._stop(ServiceError(f"{tracked.label}: refused by the provider: {event.message}", hint=REFUSED_HINT))
+        elif event.kind == "gone":
+            self.error = self.error or ServiceError(
+                f"{tracked.label}: {event.message}",
+                hint="is it the same account and the same --base-url that the batch was created with?",
+            )
+
+    def _collected(self, tracked: Tracked, event: Event) -> None:
+        gathered, batch = event.gathered, event.batch
+        assert gathered is not None  # noqa: S101  # the kind says so
+        assert batch is not None  # noqa: S101
+        self._blocked_until = 0.0
+        self._report.responses += gathered.responses
+        self._report.passing += gathered.passing
+        self._progress.update(len(tracked.positions))
+        if event.message:
+            self._progress.say(f"{tracked.label}: {event.message}; the rest of its rows is missing")
+        elif self._settings.delete_remote:
+            self._clerk.delete_remote(tracked)
+        if batch.phase == "cancelled":
+            self._progress.say(f"{tracked.label}: the batch was cancelled; submit again sends what it has not run")
+        else:
+            self._send_again(tracked)
+
+    def _send_again(self, tracked: Tracked) -> None:
+        found = outcomes.load(self._run, tracked.seal)
+        again = outcomes.to_retry(found, tracked.positions, attempts=self._settings.attempts)
+        if again and not self._stopped:
+            self._progress.say(f"{tracked.label}: {len(again):,} requests expired or failed in passing, and go again")
+        self._put_back(tracked, again)
+
+    def _put_back(self, tracked: Tracked, positions: Sequence[int]) -> None:
+        for parcel in reversed(parcels.cut(self._run, tracked.seal, positions, self._limits)):
+            self._queue.appendleft(parcel)
+
+    def _set_aside(self, tracked: Tracked, event: Event) -> None:
+        """The provider found fault with some lines: the others go again, unless it finds fault without end."""
+        shard, named = tracked.seal.shard, set(event.named)
+        self._spent -= tracked.remote.usd or 0.0
+        self._report.responses += len(named)
+        self._progress.say(
+            f"{tracked.label}: {len(named):,} requests failed the provider's validation: {event.message}"
+        )
+        self._validations[shard] += 1
+        rest = [position for position in tracked.positions if position not in named]
+        all_of_many = not rest and len(named) > 1 and not self._proven
+        if not named or all_of_many or self._validations[shard] > self._settings.attempts:
+            self._stop(ServiceError(f"{tracked.label}: refused by the provider: {event.message}", hint=REFUSED_HINT))
+        self._put_back(tracked, rest)
+
+    def _wait_for_tokens(self, watch: Watch, event: Event) -> None:
+        tracked = watch.tracked
+        alone = not any(other.counts for other in self._watches.values())
+        if alone and watch.token_waits >= TOKEN_WAITS and len(tracked.positions) > 1:
+            del self._watches[tracked.name]
+            self._progress.say(f"{tracked.label}: too many tokens for the provider's queue; it is cut in two")
+            self._clerk.withdraw(tracked, "too many tokens for one batch")
+            self._cut_in_two(tracked)
+            return
+        pause = min(self._settings.pace.tokens * 2 ** (watch.token_waits - 1), 15 * self._settings.pace.tokens)
+        self._blocked_until = time.monotonic() + pause
+        watch.next_look = self._blocked_until
+        self._progress.say(f"{tracked.label}: {event.message} It waits for its turn.")
+
+    def _shrink(self, tracked: Tracked, event: Event) -> None:
+        """The file was too large for the provider, whatever it documents: this one and all that follow are halved."""
+        size = sum(parcel.size for parcel in parcels.cut(self._run, tracked.seal, tracked.positions, self._limits))
+        self._limits = dataclasses.replace(self._limits, max_bytes=max(1, size // 2))
+        self._progress.say(f"{tracked.label}: {event.message}; files are cut to {size / 2e6:,.1f} MB")
+        self._spent -= tracked.remote.usd or 0.0
+        waiting, self._queue = self._queue, deque()
+        for parcel in waiting:
+            self._queue.extend(parcels.cut(self._run, parcel.seal, parcel.positions, self._limits))
+        self._put_back(tracked, tracked.positions)
+
+    def _cut_in_two(self, tracked: Tracked) -> None:
+        self._spent -= tracked.remote.usd or 0.0
+        middle = len(tracked.positions) // 2
+        for part in (tracked.positions[middle:], tracked.positions[:middle]):
+            self._put_back(tracked, part)
+
+    # -- stopping
+
+    def _stop(self, error: BatchkitError) -> None:
+        """Create no more; what is under way is still collected."""
+        if self.error is None:
+            self.error = error
+            if any(watch.counts for watch in self._watches.values()):
+                self._progress.say(f"Error: {error.message}; nothing new is sent, what is under way is collected")
+        self._stopped = True
+        self._drop_unsent("nothing more was to be sent")
+
+    def _notice_cancel(self) -> None:
+        if self._run.last_cancel() != self._cancels:
+            self._cancels = self._run.last_cancel()
+            self._stopped = True
+            self._progress.say("cancelled: nothing new is sent, what is finished is collected")
+            self._drop_unsent("cancelled before its batch was created")
+
+    def _drop_unsent(self, why: str) -> None:
+        for name, watch in list(self._watches.items()):
+            if not watch.is_created:
+                del self._watches[name]
+                self._spent -= watch.tracked.remote.usd or 0.0
+                self._clerk.withdraw(watch.tracked, why)
+        self._queue.clear()
+        self._closed.clear()
+        self._release()
+
+    def _release(self) -> None:
+        busy = {watch.tracked.seal.shard for watch in self._watches.values()}
+        self._leases.release_all_but(busy | {parcel.seal.shard for parcel in self._queue})
+
+    def _sleep(self) -> None:
+        """Until the next look is due, a cancel comes, or the wait for tokens is over."""
+        moments: Iterable[float] = (watch.next_look for watch in self._watches.values())
+        end = min(moments, default=0.0)
+        if self._queue and self._blocked_until > time.monotonic():
+            end = min(end, self._blocked_until)
+        while (rest := end - time.monotonic()) > 0:
+            time.sleep(min(rest, SLICE_SECONDS))
+            if self._run.last_cancel() != self._cancels:
+                return
+
+
+def _usd(run: Run, seal: Seal) -> float:
+    """What the shard's attempts at batch services cost at most, by their estimates."""
+    remotes = [attempt.remote for attempt in run.job(seal.shard).attempts if attempt.state != "refused"]
+    return sum(remote.usd or 0.0 for remote in remotes if remote is not None)
+
+
+def _row(watch: Watch) -> BoardRow:
+    tracked, batch = watch.tracked, watch.batch
+    state = batch.state if batch is not None and tracked.attempt.state == "running" else tracked.attempt.state
+    return BoardRow(
+        name=tracked.name,
+        state="waits for tokens" if watch.token_waits and not watch.is_created else state,
+        total=len(tracked.positions),
+        done=batch.completed if batch is not None else None,
+        failed=batch.failed if batch is not None else None,
+        tokens=batch.tokens if batch is not None else None,
+        seconds=attempts.seconds_since(tracked.attempt.started),
+    )

@@ -1,0 +1,216 @@
+"""Moving one attempt at a batch service forward: what each look at it does, and what that means for the others.
+
+Nothing here waits: a watch says when it wants to be looked at next. What may pass by itself (the network, a provider
+that is busy) costs nothing but time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Literal
+
+import msgspec
+
+from batchkit import attempts
+from batchkit.attempts import Gathered, ShortError, Tracked
+from batchkit.batches import Batch, DoubtfulError, PassingError, RefusedError, Service
+from batchkit.errors import CredentialsError
+from batchkit.handover import Pace
+from batchkit.progress import Progress
+from batchkit.runs import Run
+
+LONGEST_PAUSE = 300.0
+
+EventKind = Literal["collected", "tokens", "set-aside", "refused", "gone", "doubtful", "unsent"]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an attempt that needs no more looks (after `tokens` it does, later).
+
+    `collected`: over, with what came back. `tokens`: it waits for its turn. `set-aside`: it failed validation, `named`
+    are the positions at fault. `refused`: the provider will not do it, `message` says why. `gone`: the provider does
+    not know it any more. `doubtful`: nobody knows whether it was created. `unsent`: withdrawn before it was created.
+    """
+
+    kind: EventKind
+    message: str = ""
+    batch: Batch | None = None
+    gathered: Gathered | None = None
+    named: list[int] = []
+    too_large: bool = False
+
+
+class Watch(msgspec.Struct, kw_only=True):
+    """An attempt under way. `next_look` is of the monotonic clock."""
+
+    tracked: Tracked
+    next_look: float = 0.0
+    batch: Batch | None = None
+    troubles: int = 0
+    token_waits: int = 0
+
+    @property
+    def is_created(self) -> bool:
+        return self.tracked.attempt.state not in ("intended", "uploaded")
+
+    @property
+    def counts(self) -> bool:
+        """Whether its tokens are in the provider's queue."""
+        return self.tracked.attempt.state in ("creating", "running")
+
+
+class Clerk:
+    """Does the steps, through one service."""
+
+    def __init__(self, run: Run, service: Service, pace: Pace, progress: Progress) -> None:
+        self._run = run
+        self._service = service
+        self._pace = pace
+        self._progress = progress
+
+    def look(self, watch: Watch, *, may_create: bool) -> Event | None:
+        """Do what can be done now. `may_create`: a new batch may be created."""
+        state, created = watch.tracked.attempt.state, watch.is_created
+        try:
+            if state == "intended" and may_create:
+                attempts.upload(self._run, watch.tracked, self._service)
+                state = "uploaded"
+            if state == "uploaded" and may_create:
+                event = self._create(watch)
+            elif state in ("creating", "doubtful"):
+                event = self._look_for(watch)
+            elif state == "running":
+                event = self._check(watch)
+            else:
+                event = None
+                self._later(watch)
+            watch.troubles = 0
+        except PassingError as exc:
+            self._excuse(watch, str(exc))
+            return None
+        except RefusedError as exc:
+            return self._refused(watch, exc, created=created)
+        return event
+
+    def _later(self, watch: Watch, seconds: float | None = None) -> None:
+        watch.next_look = time.monotonic() + (self._pace.poll if seconds is None else seconds)
+
+    def _excuse(self, watch: Watch, message: str) -> None:
+        if watch.troubles == 0:
+            self._progress.say(f"{watch.tracked.label}: {message}; it is tried again")
+        watch.troubles += 1
+        self._later(watch, min(self._pace.poll * 2 ** min(watch.troubles - 1, 10), LONGEST_PAUSE))
+
+    # -- creating
+
+    def _create(self, watch: Watch) -> Event | None:
+        tracked = watch.tracked
+        try:
+            watch.batch = attempts.create(self._run, tracked, self._service)
+        except DoubtfulError as exc:
+            self._progress.say(f"{tracked.label}: {exc}; whether the batch was created is being looked into")
+            self._later(watch, min(self._pace.poll, 2.0))
+            return None
+        except (PassingError, CredentialsError):
+            attempts.save(self._run, tracked, "uploaded")  # it is certain that nothing was created
+            raise
+        self._later(watch, min(self._pace.poll, 5.0))
+        return None
+
+    def _look_for(self, watch: Watch) -> Event | None:
+        tracked = watch.tracked
+        batch = self._service.find(attempts.order_of(self._run, tracked))
+        if batch is not None:
+            attempts.begin(self._run, tracked, batch)
+            self._progress.say(f"{tracked.label}: found batch {batch.id} at the provider, and adopted it")
+            self._later(watch, 0.0)
+            return None
+        if tracked.attempt.state == "doubtful":
+            return Event(kind="doubtful")
+        if _age(tracked) > self._pace.adopt:
+            attempts.save(self._run, tracked, "doubtful", message="the provider does not list its batch")
+            return Event(kind="doubtful")
+        self._later(watch, min(self._pace.poll, 10.0))
+        return None
+
+    def _refused(self, watch: Watch, exc: RefusedError, *, created: bool) -> Event:
+        """Before it is created that is the end of it; later, what may run at the provider stays as it is."""
+        if created:
+            return Event(kind="gone", message=str(exc))
+        attempts.save(self._run, watch.tracked, "refused", message=str(exc))
+        return Event(kind="refused", message=str(exc), too_large=exc.too_large)
+
+    # -- watching and collecting
+
+    def _check(self, watch: Watch) -> Event | None:
+        tracked = watch.tracked
+        watch.batch = batch = self._service.check(tracked.remote.batch_id or "")
+        if batch.phase == "running":
+            if tracked.remote.state != batch.state:
+                tracked.remote.state = batch.state
+                attempts.save(self._run, tracked, "running")
+            self._later(watch)
+            return None
+        if batch.phase == "failed" and not batch.files and not batch.completed:
+            return self._failed(watch, batch)
+        return self._collect(watch, batch)
+
+    def _failed(self, watch: Watch, batch: Batch) -> Event:
+        """Nothing of it was run, and nothing is paid for."""
+        tracked = watch.tracked
+        if batch.waits_for_tokens:
+            tracked.remote.past.append(batch.id)
+            tracked.remote.batch_id = tracked.remote.state = None
+            attempts.save(self._run, tracked, "uploaded", message=batch.faults[0].message)
+            watch.token_waits += 1
+            return Event(kind="tokens", batch=batch, message=batch.faults[0].message)
+        if any(fault.line is not None for fault in batch.faults):
+            named = attempts.set_aside(self._run, tracked, batch)
+            return Event(kind="set-aside", batch=batch, named=named, message=batch.faults[0].message)
+        message = "; ".join(fault.message for fault in batch.faults[:3]) or "the provider gives no reason"
+        tracked.attempt.ending, tracked.remote.state = "failed", batch.state
+        attempts.save(self._run, tracked, "refused", message=message)
+        return Event(kind="refused", batch=batch, message=message)
+
+    def _collect(self, watch: Watch, batch: Batch) -> Event | None:
+        tracked = watch.tracked
+        patient = tracked.remote.state != batch.state or _age(tracked) <= self._pace.settle
+        try:
+            gathered = attempts.collect(self._run, tracked, self._service, batch, complete=patient)
+        except ShortError as exc:
+            if tracked.remote.state != batch.state:  # its age counts from here
+                tracked.remote.state = batch.state
+                attempts.save(self._run, tracked, "running", message=str(exc))
+                self._progress.say(f"{tracked.label}: {exc}; its files are looked at again")
+            self._later(watch)
+            return None
+        return Event(kind="collected", batch=batch, gathered=gathered, message=tracked.attempt.message or "")
+
+    # -- the end
+
+    def delete_remote(self, tracked: Tracked) -> None:
+        """Remove the files of an attempt that was collected whole."""
+        remote = tracked.remote
+        try:
+            for file_id in [remote.file_id, *remote.files]:
+                if file_id:
+                    self._service.delete(file_id)
+        except (PassingError, RefusedError) as exc:
+            self._progress.say(f"{tracked.label}: its files could not be removed: {exc}")
+            return
+        remote.deleted = True
+        attempts.save(self._run, tracked, tracked.attempt.state, message=tracked.attempt.message)
+
+    def withdraw(self, tracked: Tracked, why: str) -> Event:
+        """Give up an attempt that was not created; its upload is removed where that is easy."""
+        with contextlib.suppress(PassingError, RefusedError):
+            if tracked.remote.file_id:
+                self._service.delete(tracked.remote.file_id)
+        attempts.save(self._run, tracked, "refused", message=why)
+        return Event(kind="unsent", message=why)
+
+
+def _age(tracked: Tracked) -> float:
+    """Seconds since the last change of the attempt, also across restarts."""
+    return attempts.seconds_since(tracked.remote.since or tracked.attempt.started)
