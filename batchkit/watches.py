@@ -21,6 +21,8 @@ from batchkit.progress import Progress
 from batchkit.runs import Run
 
 LONGEST_PAUSE = 300.0
+ADOPT_LOOKS = 4
+"""A process that starts late looks for a batch several times, too, before it calls it doubtful."""
 
 EventKind = Literal["collected", "tokens", "set-aside", "refused", "gone", "doubtful", "unsent"]
 
@@ -48,6 +50,7 @@ class Watch(msgspec.Struct, kw_only=True):
     next_look: float = 0.0
     batch: Batch | None = None
     troubles: int = 0
+    looks: int = 0
     token_waits: int = 0
 
     @property
@@ -128,7 +131,9 @@ class Clerk:
             return None
         if tracked.attempt.state == "doubtful":
             return Event(kind="doubtful")
-        if _age(tracked) > self._pace.adopt:
+        watch.looks += 1
+        age = _age(tracked)
+        if age > self._pace.adopt and (watch.looks >= ADOPT_LOOKS or age > ADOPT_LOOKS * self._pace.adopt):
             attempts.save(self._run, tracked, "doubtful", message="the provider does not list its batch")
             return Event(kind="doubtful")
         self._later(watch, min(self._pace.poll, 10.0))
