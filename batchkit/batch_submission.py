@@ -10,8 +10,9 @@ import msgspec
 
 from batchkit import attempts, outcomes, targets
 from batchkit.batches import PassingError, RefusedError, Service
+from batchkit.costs import Costs, refuse_too_dear
 from batchkit.errors import UsageError
-from batchkit.handover import Estimate, Pace, Settings
+from batchkit.handover import Cost, Pace, Settings
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.responses import ANSWERS
@@ -69,13 +70,15 @@ def submit_run(
     service, key_env = targets.connect(target)
     settings = _settings(common, keywords, key_env)
     settle(run, seals, service, adopt=keywords.get("adopt", ()), resend=keywords.get("resend", ()))
+    costs = Costs(run, target.prices)
+    refuse_too_dear(run, chosen, costs, settings)
     return submit_batches(
         run,
         chosen,
         target=target,
         service=service,
         settings=settings,
-        estimate=lambda seal, requests: Estimate(),  # noqa: ARG005
+        estimate=costs,
         progress=progress,
     )
 
@@ -101,7 +104,7 @@ def submit_batches(
     target: Target,
     service: Service,
     settings: Settings,
-    estimate: Callable[[Seal, int], Estimate],
+    estimate: Callable[[Seal, int], Cost],
     progress: Progress,
 ) -> SubmitReport:
     """Hand the shards `seals` over, and collect what is done. Raises what `Services.go` raises, and `RunBusyError`

@@ -12,7 +12,7 @@ from batchkit import batch_submission, targets
 from batchkit.batch_submission import count, submit_batches
 from batchkit.batches import PassingError, RefusedError, Service
 from batchkit.errors import RunBusyError, UsageError
-from batchkit.handover import Estimate, Settings
+from batchkit.handover import Cost, Settings
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.runs import Run, Seal
@@ -63,7 +63,7 @@ def cancel(
             target=target,
             service=service,
             settings=Settings(key_env=key_env, wait=wait, sends=False, pace=pace),
-            estimate=lambda seal, requests: Estimate(),  # noqa: ARG005  # nothing is sent
+            estimate=lambda seal, requests: Cost(),  # noqa: ARG005  # nothing is sent
             progress=progress,
         )
     except RunBusyError as exc:

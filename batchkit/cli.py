@@ -132,6 +132,12 @@ def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
             click.echo(f"  {message}", err=True)
         if report.rejected > len(report.first_rejections):
             click.echo(f"  … and {report.rejected - len(report.first_rejections):,} more", err=True)
+    if plan_only and report.estimate is not None:
+        from batchkit.pricing import describe
+
+        click.echo(describe(report.estimate))
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
     if report.names_in_use:
         names = ", ".join(report.names_in_use)
         click.echo(f"warning: rows use names that results use: {names}; merge will need --prefix", err=True)
@@ -283,11 +289,23 @@ def _tell_merged(summary: Any, *, as_json: bool = False) -> None:
     for name in ("unexpected", "unreadable"):
         if count := getattr(summary, name):
             click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)
+    if summary.spent is not None and (summary.spent.usd is not None or summary.spent.unpriced):
+        click.echo(_money(summary), err=True)
     click.echo(f"results: {summary.output}", err=True)
     if as_json:
         import msgspec
 
         click.echo(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+
+def _money(summary: Any) -> str:
+    spent, tokens = summary.spent, summary.tokens
+    text = f"tokens: {tokens.prompt:,} in, {tokens.completion:,} out; price "
+    if spent.usd is None:
+        return text + "unknown"
+    bound = "" if spent.batch_price_known else " at most (no price of batches is known)"
+    rest = f", and {_count(spent.unpriced, 'response')} of unknown price" if spent.unpriced else ""
+    return text + f"{spent.usd:,.4f} USD{bound}{rest}; live it had been {spent.live_usd:,.4f}"
 
 
 @main.command("run")

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from batchkit import gemini_requests, images, tasks
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
+from batchkit.limits import OWN
+from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.prompts import compile_template
 from batchkit.requests import RequestMaker
@@ -21,7 +23,8 @@ OUR_NAMES_SET = frozenset(OUR_NAMES)
 class Converted(NamedTuple):
     """What became of a row: `request` without a line feed, or `code` and `message` of a rejection.
 
-    `names` are those of our result fields that the row already uses; `pixels` sums its images.
+    `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
+    where a provider bills them.
     """
 
     custom_id: str
@@ -30,6 +33,7 @@ class Converted(NamedTuple):
     message: str = ""
     pixels: int = 0
     names: frozenset[str] = frozenset()
+    tokens: RequestTokens | None = None
 
 
 class Converter:
@@ -87,6 +91,8 @@ class Converter:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
             custom_id = tasks.make_custom_id(row.position, row.raw)
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
+        if done.request is not None and self._options.backend not in OWN:
+            return done._replace(tokens=request_tokens(done.request, self._options.model))
         return done
 
     def _made(self, row: Row) -> Converted:

@@ -45,7 +45,7 @@ def _cover(width: int, height: int, square: int) -> int:
 def _tiles(base: int, tile: int) -> Rule:
     """OpenAI's tiles of 512 pixels. `low` costs the base alone; `auto` costs what `high` costs.
 
-    developers.openai.com/api/docs/guides/images-vision, «Tile-based image tokenization», 2026-09.
+    developers.openai.com/api/docs/guides/images-vision, «Tile-based image tokenization», 2026 (it lists gpt-5.6).
     """
 
     def tokens(width: int, height: int, detail: str) -> int:
@@ -71,7 +71,8 @@ class Limit:
 def _patches(percent: int, *, auto: Limit, low: Limit | None = None, **others: Limit) -> Rule:
     """OpenAI's patches of 32 × 32 pixels; each costs `percent` / 100 tokens. Details not named are as `auto`.
 
-    developers.openai.com/api/docs/guides/images-vision, «Patch-based image tokenization», 2026-09.
+    developers.openai.com/api/docs/guides/images-vision, «Patch-based image tokenization», 2026 (it lists
+    gpt-5.6).
     """
     limits = {"auto": auto, "low": low or auto, **others}
 
@@ -148,10 +149,10 @@ _DATED = r"(-\d{4}-\d{2}-\d{2}|-latest|-preview)?$"
 
 _GEMINI = r"-(pro|flash|flash-lite)(-latest|-\d+|-(preview|exp)(?!.*(tts|image|live|audio)).*)?$"
 
-# The first match holds. OpenAI: the guide named above, a copy of 2026-09 that knows gpt-5.6 and nothing later.
-# The models marked «old» are out of its table of sizes; theirs is that of the guide of 2026-03 (1,536 patches), and
-# their factors are those of the newer guide. The older guide had 1.62 for gpt-5-mini and 2.46 for gpt-5-nano; users
-# measured 1.2 and 1.5 (community.openai.com/t/1377015).
+# The first match holds. OpenAI: the guide named above, in the version of 2026 that lists gpt-5.6 and nothing later.
+# Models marked «old» are no longer in its table of sizes, nor gpt-5-chat, gpt-4.5 and computer-use in that of tiles:
+# for them the version before holds (1,536 patches). The factors are the newer ones: the version before had 1.62 for
+# gpt-5-mini and 2.46 for gpt-5-nano, while users were billed 1.2 and 1.5 (community.openai.com/t/1377015).
 _FAMILIES: tuple[tuple[str, Rule], ...] = (
     (rf"gpt-5\.6(-sol|-terra|-luna)?{_DATED}", _patches(120, auto=Limit(65_535), low=Limit(512), high=_HIGH)),
     (rf"gpt-5\.5{_DATED}", _patches(120, auto=_ORIGINAL, low=Limit(512), high=_HIGH)),

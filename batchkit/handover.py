@@ -24,8 +24,8 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     tokens: float = 60.0
 
 
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Of some requests: `usd` at most, at the price of batches. None where nobody knows."""
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """What some requests take: input tokens, and US dollars at most, at the price of batches. None: nobody knows."""
 
     input_tokens: int | None = None
     usd: float | None = None

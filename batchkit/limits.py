@@ -118,6 +118,9 @@ HOSTS = {
     ),
 }
 
+OWN = frozenset({"vllm", "server"})
+"""Backends that no provider bills, as far as is known here."""
+
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
@@ -51,9 +52,10 @@ def merge(
     attempts: list[Attempt] = []
     with run.lease("merge"):
         _remove_leftovers(run, to)
-        with Outputs(to, encoder) as outputs:
+        billing = Billing(host=str(run.manifest.options.get("host", "openai")), model=run.manifest.model)
+        with Outputs(to, encoder, billing) as outputs:
             for seal in run.seals():
-                _merge_shard(run, seal, outputs)
+                _merge_shard(run, seal, outputs, billing)
                 attempts += run.job(seal.shard).attempts
                 progress.update(seal.end - seal.start)
         return outputs.write_summary(model=run.manifest.model, attempts=attempts, prepared=prepared is not None)
@@ -67,11 +69,13 @@ def _remove_leftovers(run: Run, to: Places) -> None:
                 aside.unlink(missing_ok=True)
 
 
-def _merge_shard(run: Run, seal: Seal, outputs: Outputs) -> None:
+def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:
     shard = load(run, seal)
     for outcome, row in zip(shard.outcomes, _rows(run, seal), strict=True):
         outputs.add(row, outcome)
     outputs.add_strays(shard.unexpected, shard.unreadable)
+    for backend, response in shard.superseded:
+        billing.add(response, backend)
 
 
 def _rows(run: Run, seal: Seal) -> Iterator[bytes]:

@@ -43,6 +43,7 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
 class ShardOutcomes(msgspec.Struct, kw_only=True):
     """One outcome per row: `outcomes[i]` and `ids[i]` are those of position `seal.start + i`.
 
+    `superseded` are responses of attempts that another one has taken the place of, each with its backend.
     `unexpected` are whole lines that belong to no request of the shard, `unreadable` ones that are no responses (torn,
     not JSON, no custom_id).
     """
@@ -52,6 +53,7 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
     outcomes: list[Outcome]
     unexpected: list[bytes]
     unreadable: list[bytes]
+    superseded: list[tuple[str | None, Response]] = []
 
 
 def load(run: Run, seal: Seal) -> ShardOutcomes:
@@ -70,7 +72,19 @@ def load(run: Run, seal: Seal) -> ShardOutcomes:
         else _outcome(custom_id, candidates[index] or [], attempts.get(last[index]), attempts, over[index])
         for index, custom_id in enumerate(ids)
     ]
+    shard.superseded = list(_superseded(candidates, shard.outcomes, attempts))
     return shard
+
+
+def _superseded(
+    candidates: list[list[tuple[int, Response]] | None], outcomes: list[Outcome], attempts: dict[int, Attempt]
+) -> Iterator[tuple[str | None, Response]]:
+    """One for each earlier attempt that has responded; a line that is there twice was paid for once."""
+    for found, outcome in zip(candidates, outcomes, strict=True):
+        if found is not None and len(found) > 1:
+            for number, response in dict(found).items():
+                if number != outcome.attempt:
+                    yield attempts[number].backend if number in attempts else None, response
 
 
 def _read_ids(run: Run, seal: Seal) -> list[str]:

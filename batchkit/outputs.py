@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple, Self
 
 import msgspec
 
+from batchkit.billing import Billing
 from batchkit.errors import StorageError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
@@ -75,8 +76,9 @@ class Outputs:
     """Takes rows with their outcomes in row order. As a context manager: the files get their names only where the
     block ends well, the results last."""
 
-    def __init__(self, to: Places, encoder: ResultEncoder) -> None:
+    def __init__(self, to: Places, encoder: ResultEncoder, billing: Billing | None = None) -> None:
         self.tally = Tally()
+        self._billing = billing
         self._to = to
         self._encoder = encoder
         self._stack = contextlib.ExitStack()
@@ -121,6 +123,8 @@ class Outputs:
         result = self._encoder.encode(row, outcome)
         self._results.write(result.line)
         self.tally.add(outcome, result.verdict, result.error)
+        if self._billing is not None and outcome.response is not None:
+            self._billing.add(outcome.response, outcome.backend)
         if result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
             self._retry.write(row + b"\n")
 
@@ -141,6 +145,7 @@ class Outputs:
     def write_summary(self, **known: Any) -> Summary:
         """Write and return the summary. To be called behind the block; `known` is what `Tally.summary` takes."""
         summary = self.tally.summary(
+            spent=self._billing.spent() if self._billing is not None else None,
             output=str(self._to.results),
             retry_file=str(self._to.retry),
             unexpected_file=str(self._to.unexpected) if self._unexpected is not None else None,

@@ -15,6 +15,7 @@ from batchkit import options as prepare_options
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.options import PrepareKeywords, PrepareOptions
+from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
@@ -53,7 +54,7 @@ def prepare(
                 f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
-        return _prepare_rest(target, options, workers, strict, progress or Silent())
+        return _judged(_prepare_rest(target, options, workers, strict, progress or Silent()), options)
 
 
 def plan(
@@ -79,7 +80,17 @@ def plan(
             (progress or Silent()).update(1)
     if draft is not None:
         tally.add(draft.sealed())
-    return tally.report
+    return _judged(tally.report, options)
+
+
+def _judged(report: Report, options: PrepareOptions) -> Report:
+    """The report with what the options and the tokens give rise to."""
+    report.warnings = prepare_options.find_doubts(options)
+    if report.tokens is not None:
+        report.estimate = estimate(
+            report.tokens, backend=options.backend, model=options.model, shards=report.shards, host=options.host
+        )
+    return report
 
 
 def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareOptions]:
@@ -109,7 +120,7 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareO
 
 def _refuse_conversion(keywords: PrepareKeywords) -> None:
     """Rows in batch format are kept as they are: an option that would change them must not be ignored in silence."""
-    kept = {"model", "backend", "input_format", "start", "end", "limit", "max_requests", "max_bytes"}
+    kept = {"model", "backend", "host", "input_format", "start", "end", "limit", "max_requests", "max_bytes"}
     defaults = PrepareOptions.model_fields
     for name, value in keywords.items():
         if name not in kept and value != defaults[name].get_default():

@@ -20,6 +20,7 @@ import msgspec
 from batchkit import leases
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
+from batchkit.measures import Totals
 from batchkit.storage import open_read, read_lines, write_whole
 
 FORMAT = 1
@@ -64,7 +65,8 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
 
     `pixels` sums the decoded pixels of all images: what an engine that decodes them all at once needs memory for.
     `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
-    `names_in_use` are the fields of a result that rows of the shard have already.
+    `names_in_use` are the fields of a result that rows of the shard have already. `tokens` estimates what the requests
+    take, where a provider bills them.
     """
 
     shard: int
@@ -81,6 +83,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     next_line: int
     next_offset: int
     names_in_use: list[str] = []
+    tokens: Totals | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,8 +16,9 @@ import msgspec
 from batchkit import attempts, outcomes, parcels
 from batchkit.attempts import Tracked
 from batchkit.batches import Service
+from batchkit.costs import spent_on
 from batchkit.errors import BatchkitError, RunBusyError, ServiceError
-from batchkit.handover import Estimate, Settings
+from batchkit.handover import Cost, Settings
 from batchkit.jobs import Remote
 from batchkit.limits import Limits
 from batchkit.parcels import Parcel
@@ -45,7 +46,7 @@ class Services:
         service: Service,
         limits: Limits,
         settings: Settings,
-        estimate: Callable[[Seal, int], Estimate],
+        estimate: Callable[[Seal, int], Cost],
         leases: Leases,
         report: SubmitReport,
         progress: Progress,
@@ -63,7 +64,7 @@ class Services:
         self._queue: deque[Parcel] = deque()
         self._watches: dict[str, Watch] = {}
         self._left = settings.limit
-        self._spent = sum(_usd(run, seal) for seal in seals)
+        self._spent = spent_on(run, seals)
         self._validations: Counter[int] = Counter()
         self._proven = False
         self._stopped = not settings.sends
@@ -147,7 +148,7 @@ class Services:
             self._queue.popleft()
             self._start(parcel, estimate)
 
-    def _start(self, parcel: Parcel, estimate: Estimate) -> None:
+    def _start(self, parcel: Parcel, estimate: Cost) -> None:
         remote = Remote(
             base_url=self._service.base_url,
             key_env=self._settings.key_env,
@@ -173,12 +174,12 @@ class Services:
         # What could not be created yet goes first.
         return all(watch.is_created for watch in self._watches.values())
 
-    def _has_tokens(self, estimate: Estimate) -> bool:
+    def _has_tokens(self, estimate: Cost) -> bool:
         most = self._settings.max_enqueued_tokens
         queued = [watch.tracked.remote.input_tokens or 0 for watch in self._watches.values() if watch.counts]
         return most is None or not queued or sum(queued) + (estimate.input_tokens or 0) <= most
 
-    def _can_pay(self, estimate: Estimate) -> bool:
+    def _can_pay(self, estimate: Cost) -> bool:
         most = self._settings.max_cost
         if most is None or self._spent + (estimate.usd or 0.0) <= most:
             return True
@@ -346,12 +347,6 @@ class Services:
             time.sleep(min(rest, SLICE_SECONDS))
             if self._run.last_cancel() != self._cancels:
                 return
-
-
-def _usd(run: Run, seal: Seal) -> float:
-    """What the shard's attempts at batch services cost at most, by their estimates."""
-    remotes = [attempt.remote for attempt in run.job(seal.shard).attempts if attempt.state != "refused"]
-    return sum(remote.usd or 0.0 for remote in remotes if remote is not None)
 
 
 def _row(watch: Watch) -> BoardRow:

@@ -11,6 +11,7 @@ import xxhash
 
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
+from batchkit.measures import Totals
 from batchkit.runs import Rejection, Run, Seal
 from batchkit.storage import open_read, write_whole
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
@@ -25,6 +26,7 @@ class ShardDraft:
         self._last: Row | None = None
         self._requests = 0
         self._pixels = 0
+        self._tokens: Totals | None = None
         self._rejected: list[Rejection] = []
         self._names: set[str] = set()
         self._rows_bytes = 0
@@ -47,6 +49,9 @@ class ShardDraft:
         else:
             self._requests += 1
             self._pixels += done.pixels
+            if done.tokens is not None:
+                self._tokens = self._tokens or Totals()
+                self._tokens.add(done.tokens)
         return added
 
     def sealed(self) -> Seal:
@@ -68,6 +73,7 @@ class ShardDraft:
             next_line=self._last.line + 1,
             next_offset=self._last.end,
             names_in_use=sorted(self._names),
+            tokens=self._tokens,
         )
 
 

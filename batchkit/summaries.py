@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from batchkit.billing import Spent
 from batchkit.jobs import Attempt
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
@@ -36,7 +37,7 @@ class CommonError(msgspec.Struct, kw_only=True):
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What a merge found. `verdicts` has all ten and adds up to `rows`.
+    """What a merge found. `verdicts` has all ten and adds up to `rows`. `spent` is None for a pile.
 
     `prepared` is False while `prepare` has not finished: there are more rows to come. `started` to `finished` spans
     the attempts; `seconds` counts only the time in which at least one that has ended was under way. Of a pile, which
@@ -48,6 +49,7 @@ class Summary(msgspec.Struct, kw_only=True):
     unexpected: int
     unreadable: int
     tokens: Tokens
+    spent: Spent | None
     model: str | None
     backends: list[str]
     prepared: bool
@@ -116,6 +118,7 @@ class Tally:
         output: str,
         retry_file: str,
         unexpected_file: str | None,
+        spent: Spent | None = None,
         model: str | None = None,
         attempts: Iterable[Attempt] = (),
         prepared: bool = True,
@@ -131,6 +134,7 @@ class Tally:
             unexpected=self.unexpected,
             unreadable=self.unreadable,
             tokens=Tokens(prompt=prompt, completion=completion, total=total),
+            spent=spent,
             model=model,
             backends=sorted({attempt.backend for attempt in attempts}),
             prepared=prepared,

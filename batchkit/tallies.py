@@ -6,6 +6,8 @@ from collections import Counter
 
 import msgspec
 
+from batchkit.measures import Totals
+from batchkit.pricing import Estimate
 from batchkit.runs import Prepared, Seal, now
 
 SHOWN_REJECTIONS = 5
@@ -15,7 +17,8 @@ SHOWN_REJECTIONS = 5
 class Report(msgspec.Struct, kw_only=True):
     """What `prepare` did, or with `plan` would do. `reasons` counts the rejected rows by code.
 
-    `first_rejections` are the first few messages; `already` says that the run was complete before.
+    `first_rejections` are the first few messages; `already` says that the run was complete before. `warnings` are of
+    options that were likely not meant. `tokens` and `estimate` are there where a provider bills them.
     """
 
     shards: int = 0
@@ -28,6 +31,9 @@ class Report(msgspec.Struct, kw_only=True):
     first_rejections: list[str] = []
     names_in_use: list[str] = []
     already: bool = False
+    warnings: list[str] = []
+    tokens: Totals | None = None
+    estimate: Estimate | None = None
 
 
 class Tally:
@@ -48,6 +54,9 @@ class Tally:
         report.requests_bytes += seal.requests_bytes
         report.largest_shard_bytes = max(report.largest_shard_bytes, seal.requests_bytes)
         self._rows_bytes += seal.rows_bytes
+        if seal.tokens is not None:
+            report.tokens = report.tokens or Totals()
+            report.tokens.merge(seal.tokens)
         self._reasons.update(rejection.code for rejection in seal.rejected)
         report.reasons = dict(self._reasons.most_common())
         room = SHOWN_REJECTIONS - len(report.first_rejections)

@@ -1,0 +1,94 @@
+"""What sending requests costs: by the estimates of `prepare`, or measured now for a run that was prepared without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchkit import outcomes
+from batchkit.errors import UsageError
+from batchkit.handover import Cost, Settings
+from batchkit.measures import Totals, request_tokens
+from batchkit.pricing import Prices
+from batchkit.runs import Run, Seal
+from batchkit.shardfiles import request_lines
+
+
+class Costs:
+    """Estimates for the shards of one run. `prices` is the provider's id in genai-prices."""
+
+    def __init__(self, run: Run, prices: str | None) -> None:
+        self._run = run
+        self._prices = Prices(prices, run.manifest.model, batch=True)
+        self._measured: dict[int, Totals] = {}
+
+    def __call__(self, seal: Seal, requests: int) -> Cost:
+        """Of so many of the shard's requests, as if they were alike."""
+        totals = self._totals(seal)
+        if totals.input is None or not totals.requests:
+            return Cost()
+        taken = -(-totals.input * requests // totals.requests)
+        if totals.output is None:
+            return Cost(input_tokens=taken)
+        usd = self._prices.total(requests, taken, -(-totals.output * requests // totals.requests))
+        return Cost(input_tokens=taken, usd=float(usd) if usd is not None else None)
+
+    def _totals(self, seal: Seal) -> Totals:
+        if seal.tokens is not None:
+            return seal.tokens
+        if seal.shard not in self._measured:
+            totals = Totals()
+            for line in request_lines(self._run, seal, [(seal.start, seal.end)]):
+                totals.add(request_tokens(line, self._run.manifest.model))
+            self._measured[seal.shard] = totals
+        return self._measured[seal.shard]
+
+    def why_unknown(self, seal: Seal) -> str:
+        """Why there is no price of a shard's requests."""
+        totals = self._totals(seal)
+        if not self._prices.known:
+            return f"the price of {self._run.manifest.model} is not known"
+        if totals.input is None:
+            return f"the tokens of images are not known for {self._run.manifest.model}"
+        return "the requests have no --max-tokens: nobody knows the most that they cost"
+
+
+def spent_on(run: Run, seals: Sequence[Seal]) -> float:
+    """US dollars that the attempts at batch services so far cost at most, by their estimates."""
+    return sum(
+        attempt.remote.usd or 0.0
+        for seal in seals
+        for attempt in run.job(seal.shard).attempts
+        if attempt.remote is not None and attempt.state != "refused"
+    )
+
+
+def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Settings) -> None:
+    """Raise `UsageError` where what is to be sent may cost more than `max_cost`, with what the run has cost before."""
+    if settings.max_cost is None:
+        return
+    total, left, fits = spent_on(run, seals), settings.limit, 0
+    for seal in seals:
+        due = _due(run, seal, settings) if left is None else min(left, _due(run, seal, settings))
+        if not due:
+            continue
+        cost = costs(seal, due).usd
+        if cost is None:
+            raise UsageError(
+                f"--max-cost {settings.max_cost:g} cannot be kept: {costs.why_unknown(seal)}",
+                hint="leave --max-cost out, or prepare with what is missing",
+            )
+        room = max(0.0, settings.max_cost - total)
+        fits += min(due, int(due * room / cost)) if cost else due
+        total += cost
+        left = None if left is None else left - due
+    if total > settings.max_cost:
+        raise UsageError(
+            f"this may cost up to {total:,.2f} USD, more than --max-cost {settings.max_cost:g}; nothing was sent",
+            hint=f"--limit {fits} fits" if fits else "raise --max-cost, or lower --max-tokens in a new run",
+        )
+
+
+def _due(run: Run, seal: Seal, settings: Settings) -> int:
+    if not run.job_path(seal.shard).exists():
+        return seal.requests
+    return len(outcomes.to_send(outcomes.load(run, seal), attempts=settings.attempts, retry=settings.retry))
