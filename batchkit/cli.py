@@ -70,8 +70,8 @@ def main() -> None:
     Every row is accounted for: N rows in, N results out. Whatever is stopped or killed goes on when the same command is
     typed again.
 
-    Exit codes: 0 done, every row has an answer; 1 error; 2 usage; 3 finished, but some rows have no answer; 8 rows are
-    still pending; 130 interrupted.
+    Exit codes: 0 done, every row has an answer; 1 error; 2 usage; 3 finished, but some rows have no answer; 4 no
+    valid key; 8 rows are still pending; 130 interrupted.
     """
 
 
@@ -393,15 +393,16 @@ def _batches(number: int) -> str:
 @main.command("status")
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON on stdout.")
-def status_command(run: str, as_json: bool) -> None:
-    """Say where RUN stands: shards, requests, what has come back.
+@click.option("--ask/--no-ask", default=True, help="Ask the provider how batches under way stand. [default: --ask]")
+def status_command(run: str, as_json: bool, ask: bool) -> None:
+    """Say where RUN stands: shards, requests, what has come back, and the batches at a provider.
 
     \b
     batchkit status my-run
     """
     from batchkit import reporting
 
-    status = reporting.status(run)
+    status = reporting.status(run, ask=ask)
     if as_json:
         import msgspec
 

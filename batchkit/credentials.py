@@ -29,22 +29,27 @@ class Key:
         return f"Key({self.name!r})"
 
 
+def find_variable(name: str, *, folder: Path | None = None) -> str | None:
+    """A variable of the environment, or of `folder`/.env (of the working directory unless given); None if it is not
+    set, or empty."""
+    value = os.environ.get(name) or _read_env_file((folder or Path.cwd()) / ".env").get(name) or ""
+    return value.strip() or None
+
+
 def find_key(names: Sequence[str], *, folder: Path | None = None) -> Key:
     """The key in the first of the variables `names` that is set, in the environment or in `folder`/.env (of the working
     directory unless given; the environment wins).
 
     Raises `CredentialsError` where none is, or where it cannot be a key.
     """
-    filed = _read_env_file((folder or Path.cwd()) / ".env")
-    for source in (os.environ, filed):
-        for name in names:
-            if value := (source.get(name) or "").strip():
-                if not value.isascii() or not value.isprintable() or " " in value:
-                    raise CredentialsError(
-                        f"{name} does not hold a key: it has characters that no key has",
-                        hint=f"export {name}=… with the key alone",
-                    )
-                return Key(name, value)
+    for name in names:
+        if value := find_variable(name, folder=folder):
+            if not value.isascii() or not value.isprintable() or " " in value:
+                raise CredentialsError(
+                    f"{name} does not hold a key: it has characters that no key has",
+                    hint=f"export {name}=… with the key alone",
+                )
+            return Key(name, value)
     raise CredentialsError(
         f"{' or '.join(names)} is not set",
         hint=f"export {names[0]}=… (or write {names[0]}=… into .env here); --api-key-env names another variable",

@@ -69,13 +69,14 @@ LIMITS = {
 class Host:
     """Who speaks OpenAI's Files and Batches API, and where its dialect differs.
 
-    `base_url` is None where each customer has an own one. `window` is the default of `--completion-window`,
-    `token_key` the name under which a chat request takes the longest answer. `prices` is the provider's id in
-    genai-prices.
+    `base_url` is None where each customer has an own one; the variable `base_url_env` replaces it. `window` is the
+    default of `--completion-window`, `token_key` the name under which a chat request takes the longest answer. `prices`
+    is the provider's id in genai-prices.
     """
 
     key_env: str
     base_url: str | None = None
+    base_url_env: str | None = None
     limits: Limits = field(default=LIMITS["openai"])
     purpose: str = "batch"
     window: str = "24h"
@@ -88,7 +89,12 @@ def _small(max_bytes: int, *endpoints: str, max_requests: int = 50_000) -> Limit
 
 
 HOSTS = {
-    "openai": Host(key_env="OPENAI_API_KEY", base_url="https://api.openai.com/v1", prices="openai"),
+    "openai": Host(
+        key_env="OPENAI_API_KEY",
+        base_url="https://api.openai.com/v1",
+        base_url_env="OPENAI_BASE_URL",  # as for the SDK
+        prices="openai",
+    ),
     # learn.microsoft.com/azure/ai-services/openai/how-to/batch: 200 MB, 100,000 requests, never expires; the model is
     # the deployment's name. Base URL: https://RESOURCE.openai.azure.com/openai/v1
     "azure": Host(key_env="AZURE_OPENAI_API_KEY", limits=_small(100_000_000, CHAT, "/v1/responses"), prices="azure"),
@@ -122,6 +128,9 @@ OWN = frozenset({"vllm", "server"})
 """Backends that no provider bills, as far as is known here."""
 
 GEMINI_URL = "https://generativelanguage.googleapis.com"
+GEMINI_URL_ENV = "GOOGLE_GEMINI_BASE_URL"
+"""As for google-genai."""
+
 GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 
 

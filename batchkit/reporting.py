@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from batchkit import outcomes
+from batchkit import inquiries, outcomes
+from batchkit.inquiries import BatchStatus
+from batchkit.jobs import OVER
 from batchkit.responses import ANSWERS, Verdict
 from batchkit.runs import Run
 
@@ -24,7 +26,7 @@ class ShardStatus(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """`prepared` is False while shards may still be added. `verdicts` add up to `rows`."""
+    """`prepared` is False while shards may still be added. `verdicts` add up to `rows`. `batches` are under way."""
 
     run: str
     model: str
@@ -35,6 +37,7 @@ class Status(msgspec.Struct, kw_only=True):
     answers: int
     verdicts: dict[str, int]
     shards: list[ShardStatus]
+    batches: list[BatchStatus] = []
 
     @property
     def exit_code(self) -> int:
@@ -44,10 +47,12 @@ class Status(msgspec.Struct, kw_only=True):
         return 0 if self.answers == self.rows else 3
 
 
-def status(run: Run | str | Path) -> Status:
-    """Read the whole run and count; nothing is changed. Raises `RunError` where it is damaged."""
+def status(run: Run | str | Path, *, ask: bool = True) -> Status:
+    """Read the whole run and count; nothing is changed. With `ask` the providers of batches that are under way are
+    asked how these stand. Raises `RunError` where the run is damaged."""
     opened = run if isinstance(run, Run) else Run.open(run)
-    shards = [_shard(opened, outcomes.load(opened, seal)) for seal in opened.seals()]
+    seals = list(opened.seals())
+    shards = [_shard(opened, outcomes.load(opened, seal)) for seal in seals]
     totals: Counter[str] = Counter()
     for shard in shards:
         totals.update(shard.verdicts)
@@ -61,6 +66,7 @@ def status(run: Run | str | Path) -> Status:
         answers=sum(totals[verdict] for verdict in ANSWERS),
         verdicts={verdict.value: totals[verdict] for verdict in Verdict},
         shards=shards,
+        batches=inquiries.under_way(opened, seals, ask=ask),
     )
 
 
@@ -68,7 +74,7 @@ def _shard(run: Run, joined: outcomes.ShardOutcomes) -> ShardStatus:
     seal = joined.seal
     attempts = run.job(seal.shard).attempts
     counts = Counter(outcome.verdict.value for outcome in joined.outcomes)
-    if any(attempt.state in {"intended", "running"} for attempt in attempts):
+    if any(attempt.state not in OVER for attempt in attempts):
         state = "running"
     elif not attempts:
         state = "sealed"
@@ -99,4 +105,18 @@ def as_text(status: Status) -> str:
         lines.append(f"  shard {shard.shard:05d}  {shard.state:7}  attempts {shard.attempts}  {counts}")
     if len(waiting) > 20:
         lines.append(f"  … and {len(waiting) - 20:,} more shards that are not done")
+    lines += [_batch_line(batch) for batch in status.batches[:50]]
+    if any(batch.state == "doubtful" for batch in status.batches):
+        lines.append("batchkit submit says how doubtful attempts are settled")
     return "\n".join(lines)
+
+
+def _batch_line(batch: BatchStatus) -> str:
+    counts = [f"{batch.completed or 0:,} of {batch.requests:,} done"]
+    counts += [f"{batch.failed:,} failed"] if batch.failed else []
+    counts += [f"{batch.tokens:,} tokens"] if batch.tokens else []
+    minutes = int(batch.seconds // 60)
+    counts.append(f"{minutes // 60}:{minutes % 60:02d} h old")
+    name = f"{batch.backend} {batch.batch}" if batch.batch else batch.backend
+    line = f"  batch {batch.attempt}  {batch.state}  {', '.join(counts)}  ({name})"
+    return line + (f"\n    {batch.message}" if batch.message else "")

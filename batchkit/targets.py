@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from batchkit.batches import PassingError, RefusedError, Service
-from batchkit.credentials import find_key
+from batchkit.credentials import find_key, find_variable
 from batchkit.errors import BatchkitError, ServiceError, UsageError
 from batchkit.jobs import Remote
-from batchkit.limits import GEMINI_KEYS, GEMINI_URL, HOSTS, LIMITS, Host, Limits
+from batchkit.limits import GEMINI_KEYS, GEMINI_URL, GEMINI_URL_ENV, HOSTS, LIMITS, Host, Limits
 from batchkit.runs import Run
 
 SERVICES = ("openai", "gemini")
@@ -48,7 +48,7 @@ def choose(
     if backend == "gemini":
         return Target(
             backend=backend,
-            base_url=(base_url or GEMINI_URL).rstrip("/"),
+            base_url=(base_url or find_variable(GEMINI_URL_ENV) or GEMINI_URL).rstrip("/"),
             key_names=(key_env,) if key_env else GEMINI_KEYS,
             limits=LIMITS["gemini"],
             prices="google",
@@ -59,7 +59,7 @@ def choose(
             f"--host {name}: unknown", hint=f"the hosts are {', '.join(HOSTS)}; others need --base-url alone"
         )
     entry = HOSTS[name]
-    url = base_url or entry.base_url
+    url = base_url or (find_variable(entry.base_url_env) if entry.base_url_env else None) or entry.base_url
     if url is None:
         raise UsageError(f"{name} has a base URL for each customer", hint="--base-url https://…/v1 names yours")
     return Target(

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+ENVIRONMENT = (
+    "OPENAI_API_KEY", "OPENAI_BASE_URL", "GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GEMINI_BASE_URL",
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+)  # fmt: skip
+
 WriteTasks = Callable[..., Path]
 
 
@@ -43,5 +48,5 @@ def write_tasks(tmp_path: Path) -> WriteTasks:
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of the developer's own must not leak into what is tested."""
-    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
