@@ -43,15 +43,6 @@ def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[
     return [parcel for url, entries in sizes.items() for parcel in _packed(seal, url, entries, limits)]
 
 
-def halve(parcel: Parcel) -> list[Parcel]:
-    """Two of half the requests each."""
-    middle = len(parcel.positions) // 2
-    return [
-        Parcel(seal=parcel.seal, positions=part, url=parcel.url, size=parcel.size // 2)
-        for part in (parcel.positions[:middle], parcel.positions[middle:])
-    ]
-
-
 def _packed(seal: Seal, url: str, entries: Sequence[tuple[int, int]], limits: Limits) -> Iterator[Parcel]:
     numbers = pack((size for _, size in entries), max_requests=limits.max_requests, max_bytes=limits.max_bytes)
     for _, group in itertools.groupby(zip(numbers, entries, strict=True), key=lambda pair: pair[0]):

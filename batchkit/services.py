@@ -6,14 +6,11 @@ and to send again what came back undone. `watches` moves a single attempt, `atte
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-import msgspec
-
-from batchkit import attempts, outcomes, parcels
+from batchkit import attempts, outcomes
 from batchkit.attempts import Tracked
 from batchkit.batches import Service
 from batchkit.costs import spent_on
@@ -23,6 +20,7 @@ from batchkit.jobs import Remote
 from batchkit.limits import Limits
 from batchkit.parcels import Parcel
 from batchkit.progress import BoardRow, Progress
+from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.runs import Run, Seal
 from batchkit.watches import Clerk, Event, Watch
@@ -30,6 +28,9 @@ from batchkit.work import Leases
 
 TOKEN_WAITS = 4
 """So often an attempt that is alone in the queue of tokens waits, before it is cut in two."""
+
+MOST_DOUBTS = 3
+"""So many creates in doubt, and none that went through: the provider does not work."""
 
 SLICE_SECONDS = 1.0
 REFUSED_HINT = "nothing of it was run or paid for; mend the cause and run the same again"
@@ -53,17 +54,15 @@ class Services:
     ) -> None:
         self._run = run
         self._service = service
-        self._limits = limits
         self._settings = settings
         self._estimate = estimate
         self._leases = leases
         self._report = report
         self._progress = progress
         self._clerk = Clerk(run, service, settings.pace, progress)
-        self._closed = deque(seals)
-        self._queue: deque[Parcel] = deque()
+        self._seals = seals
+        self._queue = Queue(run, seals, limits=limits, settings=settings, leases=leases, release=self._release)
         self._watches: dict[str, Watch] = {}
-        self._left = settings.limit
         self._spent = spent_on(run, seals)
         self._validations: Counter[int] = Counter()
         self._proven = False
@@ -71,7 +70,7 @@ class Services:
         self._blocked_until = 0.0
         self._cancels = run.last_cancel()
         self.error: BatchkitError | None = None
-        self.busy: RunBusyError | None = None
+        self._doubts = 0
 
     def go(self) -> None:
         """Until nothing is left that can be done now. Raises what stopped it, when what runs has been collected."""
@@ -90,23 +89,18 @@ class Services:
 
     # -- what there is to do
 
+    @property
+    def busy(self) -> RunBusyError | None:
+        """Who holds what this submit could not work on."""
+        return self._queue.busy
+
     def _take_up(self) -> None:
         """Go on with the attempts that an earlier process left."""
-        rest = deque[Seal]()
-        for seal in self._closed:
-            rest.append(seal)
-            if not any(attempt.in_flight for attempt in self._run.job(seal.shard).attempts):
-                continue
-            try:
-                self._leases.hold(seal.shard)
-            except RunBusyError as exc:
-                self.busy = exc
-                rest.pop()
-                continue
-            attempts.clean_up(self._run, seal.shard)
-            for tracked in attempts.take_up(self._run, seal):
-                self._take_up_one(tracked)
-        self._closed = rest
+        for seal in self._seals:
+            if any(attempt.in_flight for attempt in self._run.job(seal.shard).attempts) and self._queue.hold(seal):
+                attempts.clean_up(self._run, seal.shard)
+                for tracked in attempts.take_up(self._run, seal):
+                    self._take_up_one(tracked)
 
     def _take_up_one(self, tracked: Tracked) -> None:
         remote = tracked.remote
@@ -120,32 +114,13 @@ class Services:
         else:
             attempts.save(self._run, tracked, "refused", message="withdrawn before its batch was created")
 
-    def _next(self) -> Parcel | None:
-        """The next parcel, of a shard whose lease is held; it stays in the queue."""
-        while not self._queue and self._closed:
-            seal = self._closed.popleft()
-            try:
-                self._leases.hold(seal.shard)
-            except RunBusyError as exc:
-                self.busy = exc
-                continue
-            found = outcomes.load(self._run, seal)
-            due = outcomes.to_send(found, attempts=self._settings.attempts, retry=self._settings.retry)
-            if due:
-                self._queue.extend(parcels.cut(self._run, seal, due, self._limits))
-            else:
-                self._release()
-        return self._queue[0] if self._queue else None
-
     def _send(self) -> None:
         """Create batches while there is room for more."""
-        while self._has_room() and (parcel := self._next()) is not None:
-            if self._left is not None and len(parcel.positions) > self._left:
-                parcel = msgspec.structs.replace(parcel, positions=parcel.positions[: self._left])
+        while self._has_room() and (parcel := self._queue.first()) is not None:
             estimate = self._estimate(parcel.seal, len(parcel.positions))
             if not self._has_tokens(estimate) or not self._can_pay(estimate):
                 return
-            self._queue.popleft()
+            self._queue.remove_first(parcel)
             self._start(parcel, estimate)
 
     def _start(self, parcel: Parcel, estimate: Cost) -> None:
@@ -159,20 +134,18 @@ class Services:
         tracked = attempts.intend(self._run, parcel.seal, parcel.positions, remote, backend=self._service.name)
         self._spent += estimate.usd or 0.0
         self._report.sent += len(parcel.positions)
-        if self._left is not None:
-            self._left -= len(parcel.positions)
         self._watches[tracked.name] = Watch(tracked=tracked)
         self._look_at(tracked.name, self._watches[tracked.name])
 
     # -- room
 
     def _has_room(self) -> bool:
-        if self._stopped or self._left == 0 or len(self._watches) >= self._settings.max_active:
+        if self._stopped or len(self._watches) >= self._settings.max_active:
             return False
         if time.monotonic() < self._blocked_until:
             return False
-        # What could not be created yet goes first.
-        return all(watch.is_created for watch in self._watches.values())
+        # What could not be created yet goes first; and where one create is in doubt, the next one would be, too.
+        return all(watch.is_created and not watch.is_in_doubt for watch in self._watches.values())
 
     def _has_tokens(self, estimate: Cost) -> bool:
         most = self._settings.max_enqueued_tokens
@@ -196,7 +169,8 @@ class Services:
     def _look(self) -> None:
         self._notice_cancel()
         for name, watch in list(self._watches.items()):
-            if watch.next_look <= time.monotonic():
+            # A look at one may have dropped others.
+            if watch.next_look <= time.monotonic() and name in self._watches:
                 self._look_at(name, watch)
 
     def _look_at(self, name: str, watch: Watch) -> None:
@@ -219,7 +193,7 @@ class Services:
         elif event.kind == "set-aside":
             self._set_aside(tracked, event)
         elif event.kind == "doubtful":
-            self._report.doubtful.append(tracked.name)
+            self._doubtful(tracked)
         elif event.kind == "refused" and event.too_large and len(tracked.positions) > 1:
             self._shrink(tracked, event)
         elif event.kind == "refused":
@@ -231,11 +205,23 @@ class Services:
                 hint="is it the same account and the same --base-url that the batch was created with?",
             )
 
+    def _doubtful(self, tracked: Tracked) -> None:
+        self._report.doubtful.append(tracked.name)
+        self._doubts += 1
+        if self._doubts >= MOST_DOUBTS and not self._proven:
+            self._stop(
+                ServiceError(
+                    f"{self._doubts} batches in a row could not be created for certain",
+                    hint="wait until the provider works again; submit then says how to settle them",
+                )
+            )
+
     def _collected(self, tracked: Tracked, event: Event) -> None:
         gathered, batch = event.gathered, event.batch
         assert gathered is not None  # noqa: S101  # the kind says so
         assert batch is not None  # noqa: S101
         self._blocked_until = 0.0
+        self._queue.mark_handled(tracked.seal.shard, tracked.positions)
         self._report.responses += gathered.responses
         self._report.passing += gathered.passing
         self._progress.update(len(tracked.positions))
@@ -253,11 +239,7 @@ class Services:
         again = outcomes.to_retry(found, tracked.positions, attempts=self._settings.attempts)
         if again and not self._stopped:
             self._progress.say(f"{tracked.label}: {len(again):,} requests expired or failed in passing, and go again")
-        self._put_back(tracked, again)
-
-    def _put_back(self, tracked: Tracked, positions: Sequence[int]) -> None:
-        for parcel in reversed(parcels.cut(self._run, tracked.seal, positions, self._limits)):
-            self._queue.appendleft(parcel)
+        self._queue.put_back(tracked.seal, again)
 
     def _set_aside(self, tracked: Tracked, event: Event) -> None:
         """The provider found fault with some lines: the others go again, unless it finds fault without end."""
@@ -272,7 +254,7 @@ class Services:
         all_of_many = not rest and len(named) > 1 and not self._proven
         if not named or all_of_many or self._validations[shard] > self._settings.attempts:
             self._stop(ServiceError(f"{tracked.label}: refused by the provider: {event.message}", hint=REFUSED_HINT))
-        self._put_back(tracked, rest)
+        self._queue.put_back(tracked.seal, rest)
 
     def _wait_for_tokens(self, watch: Watch, event: Event) -> None:
         tracked = watch.tracked
@@ -290,20 +272,16 @@ class Services:
 
     def _shrink(self, tracked: Tracked, event: Event) -> None:
         """The file was too large for the provider, whatever it documents: this one and all that follow are halved."""
-        size = sum(parcel.size for parcel in parcels.cut(self._run, tracked.seal, tracked.positions, self._limits))
-        self._limits = dataclasses.replace(self._limits, max_bytes=max(1, size // 2))
-        self._progress.say(f"{tracked.label}: {event.message}; files are cut to {size / 2e6:,.1f} MB")
+        size = self._queue.shrink(tracked.seal, tracked.positions)
+        self._progress.say(f"{tracked.label}: {event.message}; files are cut to {size / 1e6:,.1f} MB")
         self._spent -= tracked.remote.usd or 0.0
-        waiting, self._queue = self._queue, deque()
-        for parcel in waiting:
-            self._queue.extend(parcels.cut(self._run, parcel.seal, parcel.positions, self._limits))
-        self._put_back(tracked, tracked.positions)
+        self._queue.put_back(tracked.seal, tracked.positions)
 
     def _cut_in_two(self, tracked: Tracked) -> None:
         self._spent -= tracked.remote.usd or 0.0
         middle = len(tracked.positions) // 2
         for part in (tracked.positions[middle:], tracked.positions[:middle]):
-            self._put_back(tracked, part)
+            self._queue.put_back(tracked.seal, part)
 
     # -- stopping
 
@@ -330,18 +308,17 @@ class Services:
                 self._spent -= watch.tracked.remote.usd or 0.0
                 self._clerk.withdraw(watch.tracked, why)
         self._queue.clear()
-        self._closed.clear()
         self._release()
 
     def _release(self) -> None:
         busy = {watch.tracked.seal.shard for watch in self._watches.values()}
-        self._leases.release_all_but(busy | {parcel.seal.shard for parcel in self._queue})
+        self._leases.release_all_but(busy | self._queue.shards)
 
     def _sleep(self) -> None:
         """Until the next look is due, a cancel comes, or the wait for tokens is over."""
         moments: Iterable[float] = (watch.next_look for watch in self._watches.values())
         end = min(moments, default=0.0)
-        if self._queue and self._blocked_until > time.monotonic():
+        if self._queue.is_open and self._blocked_until > time.monotonic():
             end = min(end, self._blocked_until)
         while (rest := end - time.monotonic()) > 0:
             time.sleep(min(rest, SLICE_SECONDS))

@@ -58,6 +58,11 @@ class Watch(msgspec.Struct, kw_only=True):
         return self.tracked.attempt.state not in ("intended", "uploaded")
 
     @property
+    def is_in_doubt(self) -> bool:
+        """Whether it is not known if it was created."""
+        return self.tracked.attempt.state in ("creating", "doubtful")
+
+    @property
     def counts(self) -> bool:
         """Whether its tokens are in the provider's queue."""
         return self.tracked.attempt.state in ("creating", "running")

@@ -1,0 +1,115 @@
+"""What one `submit` has still to hand over: shard by shard, under leases, in parcels of what one batch takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from batchkit import outcomes, parcels
+from batchkit.errors import RunBusyError
+from batchkit.handover import Settings
+from batchkit.limits import Limits
+from batchkit.parcels import Parcel
+from batchkit.runs import Run, Seal
+from batchkit.work import Leases
+
+
+class Queue:
+    """Shards are opened when their turn comes, so that only those hold leases that are worked on.
+
+    `release` is called when a shard turned out to have nothing to do. `busy` is what another process holds.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        seals: Sequence[Seal],
+        *,
+        limits: Limits,
+        settings: Settings,
+        leases: Leases,
+        release: Callable[[], None],
+    ) -> None:
+        self._run = run
+        self._closed = deque(seals)
+        self._limits = limits
+        self._settings = settings
+        self._leases = leases
+        self._release = release
+        self._parcels: deque[Parcel] = deque()
+        self._handled: dict[int, set[int]] = {}
+        self._left = settings.limit
+        self.busy: RunBusyError | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether parcels wait whose shards are held."""
+        return bool(self._parcels)
+
+    @property
+    def shards(self) -> set[int]:
+        return {parcel.seal.shard for parcel in self._parcels}
+
+    def hold(self, seal: Seal) -> bool:
+        """Whether the shard is ours now; one that is not is left out from here on."""
+        try:
+            self._leases.hold(seal.shard)
+        except RunBusyError as exc:
+            self.busy = exc
+            if seal in self._closed:
+                self._closed.remove(seal)
+            return False
+        return True
+
+    def first(self) -> Parcel | None:
+        """The next parcel; it stays in the queue."""
+        if self._left == 0:
+            return None
+        while not self._parcels and self._closed:
+            self._open(self._closed.popleft())
+        if not self._parcels:
+            return None
+        parcel = self._parcels[0]
+        if self._left is not None and len(parcel.positions) > self._left:
+            return msgspec.structs.replace(parcel, positions=parcel.positions[: self._left])
+        return parcel
+
+    def _open(self, seal: Seal) -> None:
+        if not self.hold(seal):
+            return
+        found = outcomes.load(self._run, seal)
+        due = outcomes.to_send(found, attempts=self._settings.attempts, retry=self._settings.retry)
+        handled = self._handled.get(seal.shard, set())
+        self._parcels.extend(parcels.cut(self._run, seal, [row for row in due if row not in handled], self._limits))
+        if not self._parcels:
+            self._release()
+
+    def remove_first(self, parcel: Parcel) -> None:
+        """`parcel` is what `first` gave."""
+        self._parcels.popleft()
+        if self._left is not None:
+            self._left -= len(parcel.positions)
+
+    def put_back(self, seal: Seal, positions: Sequence[int]) -> None:
+        """These requests go next."""
+        self._parcels.extendleft(reversed(parcels.cut(self._run, seal, positions, self._limits)))
+
+    def mark_handled(self, shard: int, positions: Sequence[int]) -> None:
+        """These came back in this submit: whether they go again is decided, and not once more."""
+        self._handled.setdefault(shard, set()).update(positions)
+
+    def shrink(self, seal: Seal, positions: Sequence[int]) -> int:
+        """A file of these was too large: cut all parcels to half of its size. Returns that, in bytes."""
+        size = sum(parcel.size for parcel in parcels.cut(self._run, seal, positions, self._limits))
+        self._limits = dataclasses.replace(self._limits, max_bytes=max(1, size // 2))
+        waiting, self._parcels = self._parcels, deque()
+        for parcel in waiting:
+            self._parcels.extend(parcels.cut(self._run, parcel.seal, parcel.positions, self._limits))
+        return self._limits.max_bytes
+
+    def clear(self) -> None:
+        self._parcels.clear()
+        self._closed.clear()
