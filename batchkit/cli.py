@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from batchkit import __version__
+from batchkit import __version__, cli_messages
 from batchkit.cli_options import (
     BACKENDS,
     HOST_NAMES,
@@ -38,7 +38,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BatchkitError as exc:
-            report_error(exc)
+            cli_messages.tell_error(exc)
             ctx.exit(exc.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted. What is finished is kept: the same command goes on from there.", err=True)
@@ -47,14 +47,6 @@ class Commands(click.Group):
             # `batchkit … | head`: the reader has seen enough. Point stdout away, or its flush at exit fails, too.
             sys.stdout = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
             ctx.exit(1)
-
-
-def report_error(exc: BatchkitError) -> None:
-    click.echo(f"Error: {exc.message}", err=True)
-    if exc.detail:
-        click.echo("\n" + exc.detail, err=True)
-    if exc.hint:
-        click.echo(f"\nhint: {exc.hint}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -98,7 +90,7 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
             report = preparation.plan(tasks, workers=workers, progress=progress, **keywords)
         else:
             report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
-    _tell_prepared(report, plan_only=plan_only)
+    cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
         click.echo(f"\nnext: batchkit submit {run}" if report.requests else "\nnothing to submit", err=True)
 
@@ -115,32 +107,6 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
     keywords["id_fields"] = tuple(name.strip() for name in ids.split(",")) if ids else None
     keywords["extra_body"] = parse_extra_body(options["extra_body"])
     return keywords
-
-
-def _tell_prepared(report: Any, *, plan_only: bool = False) -> None:
-    already = "already prepared: " if report.already else "would make " if plan_only else "prepared "
-    click.echo(
-        f"{already}{_count(report.requests, 'request')} of {_count(report.rows, 'row')}, "
-        f"in {_count(report.shards, 'shard')}, {_bytes(report.requests_bytes)} "
-        f"(largest shard {_bytes(report.largest_shard_bytes)})",
-        err=not plan_only,
-    )
-    if report.rejected:
-        reasons = ", ".join(f"{code} {count:,}" for code, count in report.reasons.items())
-        click.echo(f"rejected {_count(report.rejected, 'row')} ({reasons}):", err=True)
-        for message in report.first_rejections:
-            click.echo(f"  {message}", err=True)
-        if report.rejected > len(report.first_rejections):
-            click.echo(f"  … and {report.rejected - len(report.first_rejections):,} more", err=True)
-    if plan_only and report.estimate is not None:
-        from batchkit.pricing import describe
-
-        click.echo(describe(report.estimate))
-    for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    if report.names_in_use:
-        names = ", ".join(report.names_in_use)
-        click.echo(f"warning: rows use names that results use: {names}; merge will need --prefix", err=True)
 
 
 @main.command("submit")
@@ -174,8 +140,8 @@ def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **opt
         _discard(run, yes=yes)
     with Console("submit", unit="requests") as progress:
         report = submission.submit(run, backend=backend, progress=progress, **_submit_keywords(options))
-    _tell_submitted(report)
-    _tell_doubtful(report, run)
+    cli_messages.tell_submitted(report)
+    cli_messages.tell_doubtful(report, run)
     click.echo(f"\nnext: batchkit {'submit' if report.remaining else 'merge'} {shlex.quote(run)}", err=True)
     sys.exit(report.exit_code)
 
@@ -185,7 +151,9 @@ def _discard(run: str, *, yes: bool) -> None:
 
     lost = submission.responses_count(run)
     if lost and not yes:
-        click.confirm(f"throw away {_count(lost, 'response')} of {run} and begin anew?", abort=True, err=True)
+        click.confirm(
+            f"throw away {cli_messages.counted(lost, 'response')} of {run} and begin anew?", abort=True, err=True
+        )
     submission.discard(run)
 
 
@@ -204,28 +172,6 @@ def _verdicts(text: str | None) -> frozenset[Any]:
     except ValueError as exc:
         known = ", ".join(Verdict)
         raise UsageError(f"--retry: {exc}", hint=f"the verdicts are {known}") from exc
-
-
-def _tell_submitted(report: Any) -> None:
-    click.echo(
-        f"sent {_count(report.sent, 'request')}, got {_count(report.responses, 'response')} in {report.seconds:,.0f} s",
-        err=True,
-    )
-    if report.in_flight:
-        click.echo(f"{_count(report.in_flight, 'request')} under way at the provider", err=True)
-    if report.remaining > report.in_flight:
-        click.echo(f"{_count(report.remaining - report.in_flight, 'request')} still to do", err=True)
-
-
-def _tell_doubtful(report: Any, run: str) -> None:
-    for name in report.doubtful:
-        click.echo(
-            f"\nattempt {name} is doubtful: it is not known whether its batch was created, and the provider does not "
-            "list it.\nLook for it on the provider's pages (its metadata name run, shard and attempt), then\n"
-            f"  batchkit submit {shlex.quote(run)} --adopt {name}=BATCH_ID   if it is there, or\n"
-            f"  batchkit submit {shlex.quote(run)} --resend {name}          if it is not, to send its requests again",
-            err=True,
-        )
 
 
 @main.command("merge")
@@ -279,33 +225,8 @@ def merge_command(
                 progress=progress,
                 **options,
             )
-    _tell_merged(summary, as_json=as_json)
+    cli_messages.tell_merged(summary, as_json=as_json)
     sys.exit(summary.exit_code)
-
-
-def _tell_merged(summary: Any, *, as_json: bool = False) -> None:
-    counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
-    click.echo(f"merged {_count(summary.rows, 'row')}: {counts}", err=True)
-    for name in ("unexpected", "unreadable"):
-        if count := getattr(summary, name):
-            click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)
-    if summary.spent is not None and (summary.spent.usd is not None or summary.spent.unpriced):
-        click.echo(_money(summary), err=True)
-    click.echo(f"results: {summary.output}", err=True)
-    if as_json:
-        import msgspec
-
-        click.echo(msgspec.json.format(msgspec.json.encode(summary), indent=2))
-
-
-def _money(summary: Any) -> str:
-    spent, tokens = summary.spent, summary.tokens
-    text = f"tokens: {tokens.prompt:,} in, {tokens.completion:,} out; price "
-    if spent.usd is None:
-        return text + "unknown"
-    bound = "" if spent.batch_price_known else " at most (no price of batches is known)"
-    rest = f", and {_count(spent.unpriced, 'response')} of unknown price" if spent.unpriced else ""
-    return text + f"{spent.usd:,.4f} USD{bound}{rest}; live it had been {spent.live_usd:,.4f}"
 
 
 @main.command("run")
@@ -336,23 +257,17 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
         tasks,
         run,
         show=lambda stage: Console(stage, unit="requests" if stage == "submit" else "rows", quiet=quiet),
-        prepared=(lambda report: None) if quiet else _tell_prepared,  # noqa: ARG005  # cron mails what is printed
-        submitted=reports.append if quiet else _tell_submitted,
+        prepared=(lambda report: None) if quiet else cli_messages.tell_prepared,  # noqa: ARG005  # cron mails what is printed
+        submitted=reports.append if quiet else cli_messages.tell_submitted,
         **_prepare_keywords(options),
     )
     if quiet:
-        _tell_standing(run, summary, reports[0])
+        cli_messages.tell_standing(run, summary, reports[0])
     else:
-        _tell_merged(summary)
+        cli_messages.tell_merged(summary)
     for report in reports:
-        _tell_doubtful(report, run)
+        cli_messages.tell_doubtful(report, run)
     sys.exit(summary.exit_code)
-
-
-def _tell_standing(run: str, summary: Any, report: Any) -> None:
-    counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
-    flying = f"; {_count(report.in_flight, 'request')} under way at the provider" if report.in_flight else ""
-    click.echo(f"{run}: {_count(summary.rows, 'row')}: {counts}{flying}", err=True)
 
 
 @main.command("cancel")
@@ -375,19 +290,8 @@ def cancel_command(run: str, wait: bool, **options: Any) -> None:
 
     with Console("cancel", unit="requests") as progress:
         report = cancelling.cancel(run, wait=wait, progress=progress, **options)
-    click.echo(
-        f"cancelled {_batches(report.cancelled)}, {_batches(report.ended)} had ended; "
-        f"collected {_count(report.collected, 'response')}",
-        err=True,
-    )
-    if report.in_flight:
-        click.echo(f"{_count(report.in_flight, 'request')} not collected yet", err=True)
-    click.echo(f"\nnext: batchkit {'cancel' if report.in_flight else 'merge'} {shlex.quote(run)}", err=True)
+    cli_messages.tell_cancelled(report, run)
     sys.exit(8 if report.in_flight else 0)
-
-
-def _batches(number: int) -> str:
-    return f"{number:,} batch" + ("" if number == 1 else "es")
 
 
 @main.command("status")
@@ -410,15 +314,3 @@ def status_command(run: str, as_json: bool, ask: bool) -> None:
     else:
         click.echo(reporting.as_text(status))
     sys.exit(status.exit_code)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"

@@ -1,0 +1,122 @@
+"""What the commands say, on stderr but for what was asked for."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from batchkit.errors import BatchkitError
+
+
+def tell_error(exc: BatchkitError) -> None:
+    click.echo(f"Error: {exc.message}", err=True)
+    if exc.detail:
+        click.echo("\n" + exc.detail, err=True)
+    if exc.hint:
+        click.echo(f"\nhint: {exc.hint}", err=True)
+
+
+def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
+    already = "already prepared: " if report.already else "would make " if plan_only else "prepared "
+    click.echo(
+        f"{already}{counted(report.requests, 'request')} of {counted(report.rows, 'row')}, "
+        f"in {counted(report.shards, 'shard')}, {_bytes(report.requests_bytes)} "
+        f"(largest shard {_bytes(report.largest_shard_bytes)})",
+        err=not plan_only,
+    )
+    if report.rejected:
+        reasons = ", ".join(f"{code} {count:,}" for code, count in report.reasons.items())
+        click.echo(f"rejected {counted(report.rejected, 'row')} ({reasons}):", err=True)
+        for message in report.first_rejections:
+            click.echo(f"  {message}", err=True)
+        if report.rejected > len(report.first_rejections):
+            click.echo(f"  … and {report.rejected - len(report.first_rejections):,} more", err=True)
+    if plan_only and report.estimate is not None:
+        from batchkit.pricing import describe
+
+        click.echo(describe(report.estimate))
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if report.names_in_use:
+        names = ", ".join(report.names_in_use)
+        click.echo(f"warning: rows use names that results use: {names}; merge will need --prefix", err=True)
+
+
+def tell_submitted(report: Any) -> None:
+    sent, got = counted(report.sent, "request"), counted(report.responses, "response")
+    click.echo(f"sent {sent}, got {got} in {report.seconds:,.0f} s", err=True)
+    if report.in_flight:
+        click.echo(f"{counted(report.in_flight, 'request')} under way at the provider", err=True)
+    if report.remaining > report.in_flight:
+        click.echo(f"{counted(report.remaining - report.in_flight, 'request')} still to do", err=True)
+
+
+def tell_doubtful(report: Any, run: str) -> None:
+    for name in report.doubtful:
+        click.echo(
+            f"\nattempt {name} is doubtful: it is not known whether its batch was created, and the provider does not "
+            "list it.\nLook for it on the provider's pages (its metadata name run, shard and attempt), then\n"
+            f"  batchkit submit {shlex.quote(run)} --adopt {name}=BATCH_ID   if it is there, or\n"
+            f"  batchkit submit {shlex.quote(run)} --resend {name}          if it is not, to send its requests again",
+            err=True,
+        )
+
+
+def tell_merged(summary: Any, *, as_json: bool = False) -> None:
+    counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
+    click.echo(f"merged {counted(summary.rows, 'row')}: {counts}", err=True)
+    for name in ("unexpected", "unreadable"):
+        if count := getattr(summary, name):
+            click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)
+    if summary.spent is not None and (summary.spent.usd is not None or summary.spent.unpriced):
+        click.echo(_money(summary), err=True)
+    click.echo(f"results: {summary.output}", err=True)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+
+def _money(summary: Any) -> str:
+    spent, tokens = summary.spent, summary.tokens
+    text = f"tokens: {tokens.prompt:,} in, {tokens.completion:,} out; price "
+    if spent.usd is None:
+        return text + "unknown"
+    bound = "" if spent.batch_price_known else " at most (no price of batches is known)"
+    rest = f", and {counted(spent.unpriced, 'response')} of unknown price" if spent.unpriced else ""
+    return text + f"{spent.usd:,.4f} USD{bound}{rest}; live it had been {spent.live_usd:,.4f}"
+
+
+def tell_standing(run: str, summary: Any, report: Any) -> None:
+    counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
+    flying = f"; {counted(report.in_flight, 'request')} under way at the provider" if report.in_flight else ""
+    click.echo(f"{run}: {counted(summary.rows, 'row')}: {counts}{flying}", err=True)
+
+
+def counted_batches(number: int) -> str:
+    return f"{number:,} batch" + ("" if number == 1 else "es")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
+def tell_cancelled(report: Any, run: str) -> None:
+    click.echo(
+        f"cancelled {counted_batches(report.cancelled)}, {counted_batches(report.ended)} had ended; "
+        f"collected {counted(report.collected, 'response')}",
+        err=True,
+    )
+    if report.in_flight:
+        click.echo(f"{counted(report.in_flight, 'request')} not collected yet", err=True)
+    click.echo(f"\nnext: batchkit {'cancel' if report.in_flight else 'merge'} {shlex.quote(run)}", err=True)
