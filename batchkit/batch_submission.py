@@ -13,6 +13,7 @@ from batchkit.batches import PassingError, RefusedError, Service
 from batchkit.costs import Costs, refuse_too_dear
 from batchkit.errors import UsageError
 from batchkit.handover import Cost, Pace, Settings
+from batchkit.limits import OWN
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.responses import ANSWERS
@@ -68,6 +69,11 @@ def submit_run(
         window=keywords.get("completion_window"),
     )
     service, key_env = targets.connect(target)
+    if run.manifest.backend in OWN:
+        progress.say(
+            f"warning: the run was prepared for {run.manifest.backend}, and goes to {backend} with the names and "
+            "limits of that (max_tokens, temperature), which reasoning models refuse"
+        )
     settings = _settings(common, keywords, key_env)
     settle(run, seals, service, adopt=keywords.get("adopt", ()), resend=keywords.get("resend", ()))
     costs = Costs(run, target.prices)

@@ -66,6 +66,19 @@ def stall_after(seconds: float) -> Fault:
     return fault
 
 
+def fine(_: _Handler, do: Callable[[], None]) -> None:
+    """Nothing is wrong."""
+    do()
+
+
+def nonsense_after(handler: _Handler, do: Callable[[], None]) -> None:
+    """Do it, and answer with a page of HTML."""
+    handler.muted = True
+    do()
+    handler.muted = False
+    handler.send_bytes(b"<html>Welcome to the proxy</html>", 200, "text/html")
+
+
 def drop_before(handler: _Handler, _: Callable[[], None]) -> None:
     """Close the connection in the middle of what is being sent."""
     handler.rfile.read(min(64, int(handler.headers.get("content-length") or 0)))
@@ -448,15 +461,17 @@ ENQUEUED = (
     "Enqueued token limit reached for m in organization o. Limit: 90000 enqueued tokens. "
     "Please try again once some in_progress batches have been completed."
 )
+RUNNING = ("RUNNING", "PENDING", "QUEUED", "PAUSED", "UPDATING", "CANCELLING", "UNSPECIFIED", "NEVER_SEEN_BEFORE")
 SPELLINGS = ("JOB_STATE_", "BATCH_STATE_")
 
 
 def _gemini_batch(batch: dict[str, Any], state: str, *, files: bool) -> dict[str, Any]:
-    words = {"in_progress": "RUNNING", "completed": "SUCCEEDED", "partial": "PARTIALLY_SUCCEEDED"}
+    running = RUNNING[batch["polls"] % len(RUNNING)]
+    words = {"in_progress": running, "completed": "SUCCEEDED", "partial": "PARTIALLY_SUCCEEDED"}
     word = words.get(state, state.upper())
     stats = {"requestCount": str(batch["total"]), "successfulRequestCount": str(batch["completed"]),
              "failedRequestCount": str(batch["failed"])}  # fmt: skip
-    spelling = SPELLINGS[int(batch["id"][-1], 16) % 2]
+    spelling = SPELLINGS[(int(batch["id"][-1], 16) + batch["polls"]) % 2]
     meta: dict[str, Any] = {
         "@type": "type.googleapis.com/google.ai.generativelanguage.v1main.GenerateContentBatch",
         "displayName": batch["display"], "state": spelling + word, "model": "models/gemini-2.5-flash",

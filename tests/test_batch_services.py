@@ -535,6 +535,53 @@ def test_rows_in_batch_format_go_to_one_endpoint_a_batch(provider: Provider, tmp
     }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_whose_requests_all_failed_has_no_output_file(
+    backend: str, provider: Provider, make_run: MakeRun
+) -> None:
+    run = make_run(10, backend=backend)
+    provider.answer = lambda custom_id, question, tries: (400, "content policy")
+    assert send(run, provider).exit_code == 3
+    assert verdicts(run) == {"failed": 10}
+    assert provider.calls["create"] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stormy_night(backend: str, provider: Provider, make_run: MakeRun) -> None:
+    """Half of all calls fail, in every way; creates are refused for now, or done and not answered."""
+    weather = random.Random(backend)
+    run = make_run(60, backend=backend)
+    passing = [fake_provider.status(429), fake_provider.status(503), fake_provider.drop_before, fake_provider.cut]
+    done_unseen = [fake_provider.drop_after, fake_provider.fail_after(502), fake_provider.status(429)]
+    for operation in ("upload", "check", "download"):
+        provider.faults[operation].extend(weather.choice([*passing, *[fake_provider.fine] * 4]) for _ in range(24))
+    provider.faults["create"].extend(weather.choice([*done_unseen, *[fake_provider.fine] * 3]) for _ in range(10))
+    provider.polls, provider.list_lag = 3, 1
+    report = send(run, provider)
+    assert (report.exit_code, report.doubtful) == (0, [])
+    assert_paid_once(run, provider)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_create_that_is_answered_with_nonsense_is_in_doubt(
+    backend: str, provider: Provider, make_run: MakeRun
+) -> None:
+    run = make_run(10, backend=backend)
+    provider.faults["create"].append(fake_provider.nonsense_after)
+    assert send(run, provider).exit_code == 0
+    assert provider.calls["create"] == 1
+    assert_paid_once(run, provider)
+
+
+def test_a_provider_that_only_fails_to_create_is_left_alone_after_a_few(provider: Provider, make_run: MakeRun) -> None:
+    run = make_run(60)
+    provider.faults["create"].extend([fake_provider.status(500)] * 60)
+    with pytest.raises(ServiceError, match="3 batches in a row could not be created for certain"):
+        send(run, provider)
+    assert provider.calls["create"] == 3
+    assert states(run) == {"doubtful": 3}
+
+
 # -- what is Gemini's ------------------------------------------------------------------------------------------------
 
 
@@ -549,6 +596,16 @@ def test_gemini_safety_blocks_are_refusals_with_their_reason(provider: Provider,
     merge(run)
     rows = [json.loads(line) for line in (run.path / "results.jsonl").read_text().splitlines()]
     assert "PROHIBITED_CONTENT" in rows[1]["error"]
+
+
+def test_gemini_states_under_both_spellings_and_unknown_ones(provider: Provider, make_run: MakeRun) -> None:
+    run = make_run(30, backend="gemini")
+    provider.polls = 2 * len(fake_provider.RUNNING) + 1
+    listener = Listener([])
+    assert send(run, provider, progress=listener).exit_code == 0
+    seen = {row.state for board in listener.boards for row in board}
+    assert seen >= {word.lower() for word in fake_provider.RUNNING}
+    assert_paid_once(run, provider)
 
 
 def test_gemini_partial_success_keeps_what_there_is(provider: Provider, make_run: MakeRun) -> None:
