@@ -350,7 +350,7 @@ def killed(module, name, when):
         return value
     setattr(module, name, wrapper)
 places = {
-    "plan": (sessions, "_requests", "before"), "input": (runs.Run, "write_job", "before"),
+    "plan": (sessions, "request_lines", "before"), "input": (runs.Run, "write_job", "before"),
     "intent": (runs.Run, "write_job", "after"), "laid": (sessions, "lay_down", "after"),
     "started": (vllm.Vllm, "start", "after"), "running": (sessions, "mark_running", "after"),
     "output": (sessions, "collect", "before"), "response": (division, "_write", "after"),
