@@ -16,7 +16,7 @@ from batchkit.handover import Cost, Pace, Settings
 from batchkit.limits import OWN
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
-from batchkit.responses import ANSWERS
+from batchkit.responses import ANSWERS, Verdict
 from batchkit.runs import Run, Seal
 from batchkit.services import Services
 from batchkit.targets import Target
@@ -135,7 +135,9 @@ def submit_batches(
     return report
 
 
-def count(run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: int) -> None:
+def count(
+    run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: int, retry: frozenset[Verdict] = frozenset()
+) -> None:
     """Fill in how the shards stand now."""
     report.remaining = report.unanswered = report.in_flight = 0
     for seal in seals:
@@ -144,7 +146,7 @@ def count(run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: in
             report.unanswered += len(seal.rejected)
             continue
         found = outcomes.load(run, seal)
-        due = len(outcomes.to_send(found, attempts=attempts))
+        due = len(outcomes.to_send(found, attempts=attempts, retry=retry))
         flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
         answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
         report.in_flight += flying

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from batchkit.errors import StorageError
 
-_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "h11", "anyio", "requests", "urllib3"})
+_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "h11", "anyio", "aiohttp", "requests", "urllib3"})
 """By name: SDKs change between them, and let their errors through."""
 
 _UNSENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"})

@@ -18,6 +18,7 @@ from batchkit.cli_options import (
     merge_options,
     pilot_option,
     prepare_options,
+    server_options,
     service_options,
     settle_options,
     submit_options,
@@ -117,6 +118,7 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
 )
 @pilot_option
 @submit_options
+@server_options
 @service_options
 @settle_options
 @click.option("--resume/--no-resume", default=True, help="--no-resume throws away all responses so far, after asking.")
@@ -161,7 +163,12 @@ def _submit_keywords(options: dict[str, Any]) -> dict[str, Any]:
     keywords = dict(options)
     keywords["limit"] = keywords.pop("pilot")
     keywords["retry"] = _verdicts(keywords["retry"])
+    keywords["endpoints"] = _endpoints(keywords["endpoints"])
     return keywords
+
+
+def _endpoints(text: str | None) -> tuple[str, ...]:
+    return tuple(url.strip() for url in text.split(",") if url.strip()) if text else ()
 
 
 def _verdicts(text: str | None) -> frozenset[Any]:
@@ -235,6 +242,7 @@ def merge_command(
 @prepare_options
 @pilot_option
 @submit_options
+@server_options
 @service_options
 @merge_options
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
@@ -251,6 +259,7 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
     from batchkit.progress import Console
 
     options["retry"] = _verdicts(options["retry"])
+    options["endpoints"] = _endpoints(options["endpoints"])
     quiet = not options["wait"]
     reports: list[Any] = []
     summary = pipeline.run(
@@ -272,7 +281,7 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
 
 @main.command("cancel")
 @click.argument("run")
-@click.option("--backend", type=click.Choice(BACKENDS[1:]), help="Whose batches. [default: the last one's]")
+@click.option("--backend", type=click.Choice(BACKENDS[2:]), help="Whose batches. [default: the last one's]")
 @click.option("--base-url", metavar="URL", help="Where the provider is. [default: the last one]")
 @click.option("--api-key-env", metavar="NAME", help="The variable that holds the key. [default: the last one]")
 @click.option("--wait/--no-wait", default=True, help="--no-wait: do not wait for the provider to end them.")

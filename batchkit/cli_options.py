@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 # As in options and limits, which are not imported here: that would load pydantic for `--help`.
-BACKENDS = ["vllm", "openai", "gemini"]
+BACKENDS = ["vllm", "server", "openai", "gemini"]
 HOST_NAMES = ["openai", "azure", "groq", "together", "dashscope"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -162,6 +162,21 @@ service_options = add_options(
         help="Between two looks at a batch. [default: 30]",
     ),
     click.option("--delete-remote", is_flag=True, help="Remove the provider's files once they are collected."),
+)
+
+server_options = add_options(
+    click.option(
+        "--endpoints",
+        metavar="URL,URL",
+        help="Live servers: their base URLs. [default: http://localhost:8000/v1]",
+    ),
+    click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Requests at each server. [default: 6]"),
+    click.option("--rate-limit-delay", type=click.FloatRange(0), metavar="SECONDS", help="Between two requests."),
+    click.option("--requests-per-minute", type=click.IntRange(1), metavar="N", help="Of all servers together."),
+    click.option("--tokens-per-minute", type=click.IntRange(1), metavar="N", help="The same, of estimated tokens."),
+    click.option(
+        "--timeout", type=click.FloatRange(0.1), metavar="SECONDS", help="For one request to a server. [default: 600]"
+    ),
 )
 
 settle_options = add_options(

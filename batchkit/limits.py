@@ -38,6 +38,14 @@ LIMITS = {
         ),
         endpoint_endings=("/score", "/rerank"),
     ),
+    # A server takes one request at a time; shards are as for vLLM.
+    "server": Limits(
+        max_requests=5_000,
+        max_bytes=256_000_000,
+        media_types=IMAGES,
+        endpoints=(CHAT, "/v1/responses", "/v1/embeddings", "/v1/completions", "/v1/moderations"),
+        endpoint_endings=("/score", "/rerank", "/classify", "/pooling"),
+    ),
     # platform.openai.com/docs/guides/batch, 2026-11: 50,000 requests, 200 MB. Uploads of 158 MB were answered with 413
     # (users, community.openai.com), hence the margin.
     "openai": Limits(

@@ -10,11 +10,11 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from batchkit.errors import UsageError
-from batchkit.limits import HOSTS, Limits, limits_of
+from batchkit.limits import HOSTS, OWN, Limits, limits_of
 from batchkit.prompts import read_text_option
 
 InputFormat = Literal["auto", "jsonl", "batch"]
-Backend = Literal["vllm", "openai", "gemini"]
+Backend = Literal["vllm", "openai", "gemini", "server"]
 HostName = Literal["openai", "azure", "groq", "together", "dashscope"]
 
 LOCAL_DEFAULTS = {"max_tokens": 100, "temperature": 0.0}
@@ -106,7 +106,7 @@ class PrepareOptions(BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: Any) -> Any:
-        local = isinstance(given, dict) and given.get("backend", "vllm") == "vllm"
+        local = isinstance(given, dict) and given.get("backend", "vllm") in OWN
         return {**LOCAL_DEFAULTS, **given} if local else given
 
     @pydantic.model_validator(mode="after")
@@ -156,7 +156,7 @@ class PrepareOptions(BaseModel):
 def find_doubts(options: PrepareOptions) -> list[str]:
     """What is allowed and likely not meant: sentences for the user."""
     doubts = []
-    thinks = options.backend != "vllm" and _THINKS.search(options.model) is not None
+    thinks = options.backend not in OWN and _THINKS.search(options.model) is not None
     if thinks and options.max_tokens is not None and options.max_tokens < THINKING_TOKENS:
         doubts.append(
             f"{options.model} thinks before it answers, and --max-tokens {options.max_tokens} bounds both: "

@@ -216,6 +216,12 @@ def _no_room(exc: sqlite3.OperationalError) -> StorageError:
     )
 
 
+def check_requests(run: Run, seal: Seal) -> None:
+    """Raise `RunError` where the requests are not those that were sealed."""
+    for _ in request_lines(run, seal, ()):
+        pass
+
+
 def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The lines of some rows of a shard, with their line feeds. Raises `RunError`, behind the last one at the latest,
     where the file is not the one that was sealed."""

@@ -23,6 +23,7 @@ from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
 from batchkit.handover import Settings
+from batchkit.live_submission import ServerKeywords, submit_live
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
@@ -31,7 +32,11 @@ from batchkit.runs import Run, Seal
 from batchkit.targets import SERVICES
 from batchkit.work import Leases, Scan, Work
 
-BACKENDS = ("vllm", *SERVICES)
+BACKENDS = ("vllm", "server", *SERVICES)
+
+
+class OtherKeywords(ServiceKeywords, ServerKeywords):
+    """What `submit` takes for backends other than vllm."""
 
 
 def submit(
@@ -45,14 +50,14 @@ def submit(
     replicas: int = 1,
     engine_args: Sequence[str] = (),
     progress: Progress | None = None,
-    **services: Unpack[ServiceKeywords],
+    **others: Unpack[OtherKeywords],
 ) -> SubmitReport:
     """Send what has no response yet, and wait for the responses. Again: goes on where it stopped.
 
     `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
     eighth shard, from the third on. `attempts` bounds how often a request is tried that failed in passing or with
     which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM,
-    `services` are for batch services; `ServiceKeywords` says what they mean.
+    `others` are for the other backends; `ServiceKeywords` and `ServerKeywords` say what they mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
     `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `CredentialsError` and
@@ -61,15 +66,25 @@ def submit(
     began = time.monotonic()
     run = run if isinstance(run, Run) else Run.open(run)
     backend = backend or run.manifest.backend
-    _refuse_unusable(backend, attempts=attempts, limit=limit, retry=retry, engine_args=engine_args, services=services)
+    _refuse_unusable(backend, attempts=attempts, limit=limit, retry=retry, engine_args=engine_args, others=others)
     progress = progress or Silent()
     seals = _sealed(run, progress)
     chosen = _select(list(seals.values()), shards)
     with _terminable():
-        if backend in SERVICES:
-            common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry)
+        common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry)
+        if backend == "server":
+            report = submit_live(
+                run,
+                seals,
+                chosen,
+                key_env=others.get("api_key_env"),
+                common=common,
+                progress=progress,
+                keywords=others,
+            )
+        elif backend in SERVICES:
             with run.lease("submit") if shards is None else contextlib.nullcontext():
-                report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=services)
+                report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=others)
         else:
             runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
             _tell_recovered(sessions.recover(run, seals), progress)
@@ -110,7 +125,7 @@ def _refuse_unusable(
     limit: int | None,
     retry: frozenset[Verdict],
     engine_args: Sequence[str],
-    services: ServiceKeywords,
+    others: OtherKeywords,
 ) -> None:
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}", hint=f"--backend {'|'.join(BACKENDS)}")
@@ -118,11 +133,7 @@ def _refuse_unusable(
         raise UsageError("--attempts must be at least 1, and --limit no less than 0")
     if engine_args and backend != "vllm":
         raise UsageError(f"arguments behind -- go to vLLM; {backend} takes none", hint="leave them out")
-    if backend == "vllm":
-        for name, value in services.items():
-            if value not in (None, ()) and value is not (name == "wait"):
-                flag = "--no-wait" if name == "wait" else "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} is for batch services, not for vllm", hint="--backend names one")
+    _refuse_foreign(backend, others)
     _refuse_senseless(retry)
 
 
@@ -156,6 +167,20 @@ def discard(run: Run | str | Path) -> int:
                 path.unlink()
             run.job_path(shard).unlink(missing_ok=True)
     return count
+
+
+def _refuse_foreign(backend: str, others: OtherKeywords) -> None:
+    """Refuse options of other backends: one that is ignored in silence would be believed to work."""
+    of_servers = frozenset(ServerKeywords.__annotations__)
+    for name, value in others.items():
+        given = value not in (None, ()) and value is not (name == "wait")
+        kind = "live servers" if name in of_servers else "batch services"
+        fits = (backend == "server" and name in of_servers | {"api_key_env"}) or (
+            backend in SERVICES and name not in of_servers
+        )
+        if given and not fits:
+            flag = "--no-wait" if name == "wait" else "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is for {kind}, not for {backend}", hint="--backend names one of them")
 
 
 def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:

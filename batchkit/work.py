@@ -34,6 +34,13 @@ class Leases:
             stack.enter_context(self._run.lease(f"{shard:05d}"))
             self._held[shard] = stack
 
+    def try_hold(self, shard: int) -> bool:
+        """Whether it is ours now."""
+        with contextlib.suppress(RunBusyError):
+            self.hold(shard)
+            return True
+        return False
+
     def release_all_but(self, shards: Iterable[int]) -> None:
         for shard in self._held.keys() - set(shards):
             self._held.pop(shard).close()

@@ -1,0 +1,207 @@
+"""The requests of one `submit` through live servers: each response is on the disk soon after it came.
+
+The durable steps of a shard: the attempt is in the job as `running` → whole lines are appended to
+`responses/NNNNN.A.jsonl`, each in one write, and brought to the disk once a second → the attempt is `collected`. An
+attempt that is found `running` while nobody holds its shard was killed: a torn last line is cut off, what is there
+stays, the rest is sent again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
+
+import msgspec
+
+from batchkit.client import Call, Reply
+from batchkit.jobs import OVER, Attempt
+from batchkit.measures import request_tokens
+from batchkit.progress import Progress
+from batchkit.queues import Queue
+from batchkit.reports import SubmitReport
+from batchkit.responses import ANSWERS, UnreadableLine, parse
+from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.shardfiles import check_requests, request_lines
+from batchkit.storage import cut_torn_line, sync_folder
+from batchkit.work import Leases
+
+SYNC_SECONDS = 1.0
+
+
+class _Line(msgspec.Struct):
+    custom_id: str
+    url: str
+    body: msgspec.Raw
+
+
+_decode = msgspec.json.Decoder(_Line).decode
+_check = msgspec.json.Decoder(msgspec.Raw).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class _Open(msgspec.Struct):
+    """A shard of which requests are under way."""
+
+    seal: Seal
+    attempt: Attempt
+    stream: IO[bytes]
+    left: int
+    dirty: bool = False
+
+
+class Live:
+    """The shards of one `submit` while their requests are at servers. `backend` is how results name who answered."""
+
+    def __init__(
+        self,
+        run: Run,
+        queue: Queue,
+        *,
+        backend: str,
+        leases: Leases,
+        report: SubmitReport,
+        progress: Progress,
+        count_tokens: bool = False,
+    ) -> None:
+        self._run = run
+        self._queue = queue
+        self._backend = backend
+        self._leases = leases
+        self._report = report
+        self._progress = progress
+        self._count_tokens = count_tokens
+        self._open: dict[tuple[int, int], _Open] = {}
+        self._synced = time.monotonic()
+        self._tokens = 0
+        self._errors = 0
+
+    def calls(self) -> Iterator[Call]:
+        """All that is due, read as it is asked for; keys are (shard, attempt, custom_id)."""
+        while (parcel := self._queue.first()) is not None:
+            seal, rows = parcel.seal, as_ranges(parcel.positions)
+            check_requests(self._run, seal)
+            self._queue.remove_first(parcel)
+            number = self._begin(seal, rows, len(parcel.positions))
+            for line in request_lines(self._run, seal, rows):
+                request = _decode(line)
+                tokens = self._tokens_of(line) if self._count_tokens else 0
+                self._report.sent += 1
+                yield Call((seal.shard, number, request.custom_id), request.url, bytes(request.body), tokens)
+
+    def _tokens_of(self, line: bytes) -> int:
+        tokens = request_tokens(line, self._run.manifest.model)
+        return tokens.text + (tokens.image or 0) + (tokens.max_output or 0)
+
+    def _begin(self, seal: Seal, rows: Sequence[tuple[int, int]], count: int) -> int:
+        job = self._run.job(seal.shard)
+        numbers = [attempt.number for attempt in job.attempts]
+        numbers += [number for number, _ in self._run.responses_paths(seal.shard)]
+        attempt = Attempt(
+            number=max(numbers, default=0) + 1, backend=self._backend, state="running", rows=list(rows), started=now()
+        )
+        job.attempts.append(attempt)
+        self._run.write_job(job)
+        path = self._run.responses_path(seal.shard, attempt.number)
+        stream = open(path, "ab", buffering=0)  # noqa: SIM115  # closed with the shard
+        sync_folder(path.parent)
+        self._open[seal.shard, attempt.number] = _Open(seal, attempt, stream, count)
+        return attempt.number
+
+    def take(self, reply: Reply) -> None:
+        """Keep a reply."""
+        shard, number, custom_id = reply.key
+        line = as_line(custom_id, reply)
+        opened = self._open[shard, number]
+        opened.stream.write(line)
+        opened.dirty = True
+        opened.left -= 1
+        self._count(line)
+        if opened.left == 0:
+            self._close(opened, "collected")
+        elif time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def _count(self, line: bytes) -> None:
+        report = self._report
+        try:
+            response = parse(line)
+        except UnreadableLine:  # cannot be: the line is ours
+            return
+        report.responses += 1
+        report.passing += response.passing
+        self._errors += response.verdict not in ANSWERS
+        if response.usage is not None and isinstance(total := response.usage.get("total_tokens"), int):
+            self._tokens += total
+        note = f"{self._tokens:,} tokens" + (f", {self._errors:,} errors" if self._errors else "")
+        self._progress.update(1, note=note)
+
+    def sync(self) -> None:
+        """Bring all that was written to the disk."""
+        for opened in self._open.values():
+            if opened.dirty:
+                os.fsync(opened.stream.fileno())
+                opened.dirty = False
+        self._synced = time.monotonic()
+
+    def stop(self) -> None:
+        """Close what is open: the requests without a reply are pending again."""
+        for opened in list(self._open.values()):
+            self._close(opened, "died")
+
+    def _close(self, opened: _Open, state: str) -> None:
+        os.fsync(opened.stream.fileno())
+        opened.stream.close()
+        _end(self._run, opened.seal.shard, opened.attempt.number, died=state == "died")
+        del self._open[opened.seal.shard, opened.attempt.number]
+        self._leases.release_all_but({shard for shard, _ in self._open} | self._queue.shards)
+
+
+def as_line(custom_id: str, reply: Reply) -> bytes:
+    """A reply as a line of batch output, with its line feed. The server's JSON stays as it is but for line feeds."""
+    if reply.status == 0:
+        error = {"code": "no_answer", "message": f"{reply.message} (tried {reply.tries} times)"}
+        line = {
+            "custom_id": custom_id,
+            "response": {"status_code": 0, "request_id": None, "body": None},
+            "error": error,
+        }
+        return _encode(line) + b"\n"
+    head = (
+        b'{"id":null,"custom_id":' + _encode(custom_id) + b',"response":{"status_code":%d,"request_id":' % reply.status
+    )
+    body = reply.body.strip()
+    try:
+        _check(body)
+        body = msgspec.json.format(body, indent=-1) if b"\n" in body or b"\r" in body else body
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        body = _encode({"error": {"message": body[:1000].decode("utf-8", "replace") or "an empty answer"}})
+    return head + _encode(reply.request_id) + b',"body":' + body + b'},"error":null}\n'
+
+
+def _end(run: Run, shard: int, number: int, *, died: bool) -> None:
+    job = run.job(shard)
+    for attempt in job.attempts:
+        if attempt.number == number:
+            attempt.state, attempt.ended = "died" if died else "collected", now()
+            attempt.message = "stopped before all requests had a response" if died else None
+    run.write_job(job)
+
+
+def recover(run: Run, seals: Mapping[int, Seal], backends: frozenset[str], leases: Leases) -> int:
+    """Close attempts whose batchkit has died; `leases` are taken for it, and let go. Returns how many there were."""
+    count = 0
+    for shard in seals:
+        stale = [
+            attempt
+            for attempt in run.job(shard).attempts
+            if attempt.backend in backends and attempt.state not in OVER and attempt.session is None
+        ]
+        if stale and leases.try_hold(shard):
+            for attempt in stale:
+                cut_torn_line(run.responses_path(shard, attempt.number))
+                _end(run, shard, attempt.number, died=True)
+                count += 1
+            leases.release_all_but(())
+    return count

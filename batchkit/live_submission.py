@@ -1,0 +1,110 @@
+"""The stage `submit` for live servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from batchkit import live
+from batchkit.backends import server
+from batchkit.batch_submission import count
+from batchkit.client import Endpoint, Pacing
+from batchkit.handover import Settings
+from batchkit.limits import LIMITS
+from batchkit.live import Live
+from batchkit.progress import Progress
+from batchkit.queues import Queue
+from batchkit.reports import SubmitReport
+from batchkit.runs import Run, Seal
+from batchkit.work import Leases
+
+BACKENDS = frozenset({"server", "vllm"})
+"""Whose attempts have no engine folder, and are closed when they are found without their process."""
+
+PACING = Pacing()
+
+
+class ServerKeywords(TypedDict, total=False):
+    """What `submit` takes for live servers.
+
+    `endpoints` are base URLs (`http://localhost:8000/v1` unless given). `concurrency` requests are under way at each;
+    `rate_limit_delay` seconds lie between two; `requests_per_minute` and `tokens_per_minute` bound all of them
+    together. `timeout` in seconds is for one request.
+    """
+
+    endpoints: Sequence[str]
+    concurrency: int | None
+    rate_limit_delay: float | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    timeout: float | None
+
+
+def submit_live(
+    run: Run,
+    seals: Mapping[int, Seal],
+    chosen: Sequence[Seal],
+    *,
+    key_env: str | None,
+    common: Settings,
+    progress: Progress,
+    keywords: ServerKeywords,
+) -> SubmitReport:
+    """`submit` for the backend `server`, of the shards `chosen`."""
+    endpoints = server.parse_endpoints(keywords.get("endpoints", ()), key_env)
+    server.check(endpoints, run.manifest.model, progress.say)
+    return ask_servers(
+        run, seals, chosen, endpoints, backend="server", common=common, progress=progress, pacing=pacing_of(keywords)
+    )
+
+
+def pacing_of(keywords: ServerKeywords) -> Pacing:
+    return Pacing(
+        concurrency=keywords.get("concurrency") or PACING.concurrency,
+        timeout=keywords.get("timeout") or PACING.timeout,
+        delay=keywords.get("rate_limit_delay") or 0.0,
+        requests_per_minute=keywords.get("requests_per_minute") or 0,
+        tokens_per_minute=keywords.get("tokens_per_minute") or 0,
+        tries=PACING.tries,
+        patience=PACING.patience,
+    )
+
+
+def ask_servers(
+    run: Run,
+    seals: Mapping[int, Seal],
+    chosen: Sequence[Seal],
+    endpoints: Sequence[Endpoint],
+    *,
+    backend: str,
+    common: Settings,
+    progress: Progress,
+    pacing: Pacing,
+) -> SubmitReport:
+    """Ask `endpoints` all that is due. Raises `EngineError` where none answers any more, `RunBusyError` where other
+    processes hold all there is to do."""
+    report = SubmitReport()
+    with Leases(run) as leases:
+        if recovered := live.recover(run, seals, BACKENDS, leases):
+            progress.say(f"went on with {recovered} shards that an earlier batchkit left in the middle")
+        count(run, chosen, report, attempts=common.attempts, retry=common.retry)
+        due = report.remaining - report.in_flight
+        progress.grow(due if common.limit is None else min(due, common.limit))
+        queue = Queue(run, chosen, limits=LIMITS["server"], settings=common, leases=leases, release=lambda: None)
+        work = Live(
+            run,
+            queue,
+            backend=backend,
+            leases=leases,
+            report=report,
+            progress=progress,
+            count_tokens=pacing.tokens_per_minute > 0,
+        )
+        try:
+            server.ask(endpoints, pacing, work.calls(), work.take, progress.say)
+        finally:
+            work.stop()
+        if queue.busy is not None and not report.sent:
+            raise queue.busy
+    count(run, chosen, report, attempts=common.attempts)
+    return report

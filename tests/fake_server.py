@@ -1,0 +1,168 @@
+"""A live OpenAI-compatible server on a real socket that fails on request. Answers a question with itself.
+
+A process of its own where it is to be killed (`python -m tests.fake_server PORT`), else a thread (`running`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Server(ThreadingHTTPServer):
+    """`faults` are used up in order, one a request. `answered` counts the whole 200s by question, `times` has when each
+    request came."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.faults: deque[Callable[[Handler], bool]] = deque()
+        self.answered: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+        self.bodies: list[bytes] = []
+        self.times: list[float] = []
+        self.models = ["m"]
+        self.key: str | None = None
+        self.delay = 0.0
+        self.busy = self.busiest = 0
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.server.key is not None and self.headers.get("authorization") != f"Bearer {self.server.key}":
+            self.send(401, {"error": {"message": f"no such key: {self.headers.get('authorization')}"}})
+        elif self.path == "/v1/models":
+            self.send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
+        else:
+            self.send(404, {"error": {"message": "not here"}})
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        server = self.server
+        body = json.loads(raw)
+        question = body["messages"][-1]["content"] if "messages" in body else str(body.get("input"))
+        question = question if isinstance(question, str) else question[-1]["text"]
+        with server.lock:
+            server.busy += 1
+            server.busiest = max(server.busiest, server.busy)
+            server.asked[question] += 1
+            server.times.append(time.monotonic())
+            if len(server.bodies) < 10:
+                server.bodies.append(raw)
+            fault = server.faults.popleft() if server.faults else None
+        try:
+            if fault is not None and fault(self):
+                return
+            if server.delay:
+                time.sleep(server.delay)
+            self.answer(question)
+        finally:
+            with server.lock:
+                server.busy -= 1
+
+    def answer(self, question: str) -> None:
+        with self.server.lock:
+            self.server.answered[question] += 1
+        message = {"role": "assistant", "content": f"answer to {question}"}
+        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+        self.send(200, {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": usage,
+                        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})  # fmt: skip
+
+    def send(self, code: int, value: Any, headers: dict[str, str] | None = None, *, cut: bool = False) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(2)
+
+
+# -- faults: they return whether the request is done with ------------------------------------------------------------
+
+
+def status(code: int, message: str = "no", **headers: str) -> Callable[[Handler], bool]:
+    def fault(handler: Handler) -> bool:
+        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        handler.send(code, {"error": {"message": message, "type": "t", "code": code}}, named)
+        return True
+
+    return fault
+
+
+def hang(seconds: float) -> Callable[[Handler], bool]:
+    def fault(handler: Handler) -> bool:
+        time.sleep(seconds)
+        handler.hang_up()
+        return True
+
+    return fault
+
+
+def drop(handler: Handler) -> bool:
+    """Close the connection without a word."""
+    handler.hang_up()
+    return True
+
+
+def cut(handler: Handler) -> bool:
+    """Half of a 200, and then nothing."""
+    handler.send(200, {"id": "c", "choices": [{"message": {"content": "half an answer"}}]}, cut=True)
+    return True
+
+
+def nonsense(handler: Handler) -> bool:
+    """A 200 that is no JSON."""
+    data = b"<html>\nhello\n</html>"
+    handler.send_response(200)
+    handler.send_header("content-length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+    return True
+
+
+def fine(_: Handler) -> bool:
+    return False
+
+
+@contextmanager
+def running() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+if __name__ == "__main__":
+    alone = Server(int(sys.argv[1]))
+    alone.delay = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    alone.serve_forever()

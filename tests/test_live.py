@@ -1,0 +1,465 @@
+"""submit at live servers: every response on the disk soon after it came, none lost, none asked for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchkit import batch_submission, client, live_submission, outcomes
+from batchkit.client import Pacing
+from batchkit.errors import CredentialsError, EngineError, UsageError
+from batchkit.handover import Pace
+from batchkit.merging import merge
+from batchkit.preparation import prepare
+from batchkit.progress import Silent
+from batchkit.reports import SubmitReport
+from batchkit.responses import Verdict
+from batchkit.runs import Run
+from batchkit.submission import submit
+from tests import fake_provider, fake_server
+from tests.conftest import ENVIRONMENT
+from tests.fake_server import Server
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with fake_server.running() as server:
+        yield server
+
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    def make(count: int = 100, *, shard: int = 25, bad: tuple[int, ...] = (), name: str = "run") -> Run:
+        tasks = tmp_path / "tasks.jsonl"
+        rows = [json.dumps({"id": n, "question": f"q{n}"}) if n not in bad else "{" for n in range(count)]
+        tasks.write_text("\n".join(rows) + "\n")
+        prepare(tasks, tmp_path / name, model="m", backend="server", max_requests=shard, workers=1)
+        return Run.open(tmp_path / name)
+
+    return make
+
+
+def send(run: Run, *servers: Server, **options: Any) -> SubmitReport:
+    return submit(run, **{"endpoints": [server.url for server in servers], **options})
+
+
+def verdicts(run: Run) -> Counter[str]:
+    return Counter(str(outcome.verdict) for seal in run.seals() for outcome in outcomes.load(run, seal).outcomes)
+
+
+def assert_each_answered_by_its_own(run: Run) -> None:
+    position = 0
+    for seal in run.seals():
+        found = outcomes.load(run, seal)
+        assert not found.unexpected
+        assert not found.unreadable
+        for outcome in found.outcomes:
+            if outcome.verdict is Verdict.ANSWERED:
+                assert outcome.response is not None
+                assert outcome.response.answer == f"answer to q{position}"
+            position += 1
+
+
+def lines(run: Run) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in (run.path / "responses").iterdir())
+
+
+# -- when all goes well ----------------------------------------------------------------------------------------------
+
+
+def test_all_are_answered_once_and_bodies_go_out_as_they_are(server: Server, make_run: MakeRun) -> None:
+    run = make_run(bad=(40,))
+    report = send(run, server)
+    assert (report.sent, report.responses, report.remaining, report.unanswered) == (99, 99, 0, 1)
+    assert set(server.answered.values()) == {1}
+    assert_each_answered_by_its_own(run)
+    requests = b"".join(path.read_bytes() for path in sorted((run.path / "requests").glob("*.jsonl")))
+    assert all(b'"body":' + body + b"}\n" in requests for body in server.bodies)
+    assert send(run, server).sent == 0
+    summary = merge(run)
+    assert summary.backends == ["server"]
+    row = json.loads((run.path / "results.jsonl").read_bytes().splitlines()[0])
+    assert (row["batchkit"]["backend"], row["batchkit"]["attempt"]) == ("server", 1)
+
+
+def test_concurrency_bounds_the_requests_at_each_server(server: Server, make_run: MakeRun) -> None:
+    server.delay = 0.02
+    with fake_server.running() as other:
+        other.delay = 0.02
+        send(make_run(), server, other, concurrency=3)
+        assert (server.busiest, other.busiest) == (3, 3)
+        assert server.answered.total() + other.answered.total() == 100
+        assert min(server.answered.total(), other.answered.total()) > 30
+
+
+def test_a_pilot_and_parts_of_the_run(server: Server, make_run: MakeRun) -> None:
+    run = make_run()
+    assert send(run, server, limit=30).sent == 30
+    assert send(run, server, shards="2/2").exit_code == 0
+    assert send(run, server).exit_code == 0
+    assert set(server.answered.values()) == {1}
+
+
+def test_requests_and_delays_are_spaced(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    send(run, server, rate_limit_delay=0.05, concurrency=8)
+    gaps = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
+    assert min(gaps) > 0.03
+    began = time.monotonic()
+    send(run, server, retry=frozenset({Verdict.ANSWERED}), limit=6, requests_per_minute=300, concurrency=8)
+    assert time.monotonic() - began < 30
+
+
+def test_tokens_per_minute_hold_requests_back(server: Server, make_run: MakeRun) -> None:
+    run = make_run(8)
+    began = time.monotonic()
+    # Each takes 1 + 100 tokens by the estimate; the bucket holds 404 and gains 6.7 a second.
+    with pytest.raises(KeyboardInterrupt):
+        stop_after(1.0, lambda: send(run, server, tokens_per_minute=404, concurrency=8))
+    assert time.monotonic() - began < 10
+    assert server.answered.total() == 4
+    assert verdicts(run) == {"answered": 4, "pending": 4}
+
+
+def stop_after(seconds: float, work: Callable[[], Any]) -> None:
+    """Ctrl-C after a while, in the main thread as the terminal does it."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        work()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_in_a_notebook_where_a_loop_runs_already(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+
+    async def cell() -> SubmitReport:
+        return send(run, server)
+
+    assert asyncio.run(cell()).exit_code == 0
+
+
+# -- storms ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fake_server.status(429),
+        fake_server.status(408),
+        fake_server.status(500),
+        fake_server.status(503),
+        fake_server.drop,
+        fake_server.cut,
+    ],
+    ids=["429", "408", "500", "503", "drop", "cut"],
+)
+def test_passing_faults_are_tried_again(fault: Any, server: Server, make_run: MakeRun) -> None:
+    run = make_run()
+    server.faults.extend([fault] * 10)
+    assert send(run, server).exit_code == 0
+    assert set(server.answered.values()) == {1}
+    assert server.asked.total() == 110
+    assert_each_answered_by_its_own(run)
+    assert lines(run) == 100
+
+
+def test_a_server_that_hangs_is_given_up_on_after_the_timeout(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    server.faults.extend([fake_server.hang(3.0)] * 3)
+    assert send(run, server, timeout=0.3).exit_code == 0
+    assert set(server.answered.values()) == {1}
+
+
+def test_retry_after_is_obeyed_by_all_requests_to_that_server(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    server.faults.append(fake_server.status(429, retry_after="1"))
+    began = time.monotonic()
+    assert send(run, server, concurrency=1).exit_code == 0
+    assert time.monotonic() - began > 0.9
+    assert server.times[1] - server.times[0] > 0.9
+
+
+def test_a_retry_after_of_an_hour_is_not_waited_for(server: Server, make_run: MakeRun) -> None:
+    run = make_run(5)
+    server.faults.append(fake_server.status(429, "come back later", retry_after="3600"))
+    report = send(run, server, concurrency=1)
+    assert verdicts(run) == {"answered": 4, "failed": 1}
+    assert report.exit_code == 8, "it failed in passing"
+    assert send(run, server).exit_code == 0
+
+
+def test_a_storm_of_everything_loses_nothing(server: Server, make_run: MakeRun) -> None:
+    weather = random.Random(3)
+    run = make_run(300)
+    faults = [
+        fake_server.status(429),
+        fake_server.status(500),
+        fake_server.drop,
+        fake_server.cut,
+        fake_server.hang(0.4),
+    ]
+    server.faults.extend(weather.choice([*faults, *[fake_server.fine] * 5]) for _ in range(400))
+    assert send(run, server, timeout=0.3, concurrency=16).exit_code == 0
+    assert set(server.answered.values()) == {1}
+    assert_each_answered_by_its_own(run)
+
+
+def test_lasting_failures_and_nonsense_are_not_tried_again(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    server.faults.extend([fake_server.status(400, "too long"), fake_server.nonsense])
+    report = send(run, server, concurrency=1)
+    assert verdicts(run) == {"answered": 8, "failed": 2}
+    assert report.exit_code == 3
+    found = outcomes.load(run, next(iter(run.seals()))).outcomes
+    assert found[0].message == "too long"
+    assert "hello" in (found[1].message or "")
+    assert send(run, server).sent == 0
+
+
+def test_a_request_that_always_fails_in_passing_is_failed_and_the_others_go_on(
+    server: Server, make_run: MakeRun
+) -> None:
+    run = make_run(10)
+    server.faults.extend([fake_server.status(503, "busy")] * 6)
+    report = send(run, server, concurrency=1)
+    assert verdicts(run) == {"answered": 9, "failed": 1}
+    assert report.passing == 1
+    assert send(run, server).exit_code == 0, "the next submit tries it again"
+
+
+# -- servers that die ------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start_server(port: int, delay: float = 0.0) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-m", "tests.fake_server", str(port), str(delay)], cwd=ROOT)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return process
+    raise AssertionError("the server does not start")
+
+
+class Killer(Silent):
+    """Kills a server when 100 responses have come."""
+
+    def __init__(self, server: subprocess.Popen[bytes]) -> None:
+        self._server = server
+        self._done = 0
+
+    def update(self, done: int = 1, *, note: str | None = None) -> None:  # noqa: ARG002
+        self._done += done
+        if self._done == 100:
+            self._server.kill()
+
+
+def test_an_endpoint_that_dies_is_set_aside_and_taken_back(server: Server, make_run: MakeRun) -> None:
+    run = make_run(400, shard=100)
+    server.delay = 0.01
+    port = free_port()
+    dying = start_server(port, 0.01)
+    said: list[str] = []
+
+    class Listener(Killer):
+        revived: subprocess.Popen[bytes] | None = None
+
+        def say(self, message: str) -> None:
+            said.append(message)
+            if "is down" in message:
+                self.revived = start_server(port, 0.01)
+
+    listener = Listener(dying)
+    url = f"http://127.0.0.1:{port}/v1"
+    try:
+        report = submit(run, endpoints=[server.url, url], concurrency=4, progress=listener)
+    finally:
+        dying.kill()
+        if listener.revived is not None:
+            listener.revived.kill()
+    assert report.exit_code == 0
+    assert_each_answered_by_its_own(run)
+    assert lines(run) == 400
+    assert any(f"{url} is down" in message for message in said)
+    assert any(f"{url} answers again" in message for message in said)
+
+
+def test_when_no_server_answers_any_more_it_stops_and_goes_on_later(make_run: MakeRun) -> None:
+    run = make_run(400)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/v1"
+    dying = start_server(port, 0.01)
+
+    with pytest.raises(EngineError, match="no server has answered for"):
+        submit(run, endpoints=[url], progress=Killer(dying))
+    kept = verdicts(run)
+    assert kept["answered"] >= 100
+    assert kept["answered"] + kept["pending"] + kept["failed"] == 400
+    with pytest.raises(EngineError, match="no server answers"):
+        submit(run, endpoints=[url])
+    alive = start_server(port)
+    try:
+        assert submit(run, endpoints=[url]).exit_code == 0
+    finally:
+        alive.kill()
+    assert_each_answered_by_its_own(run)
+
+
+# -- before anything is sent -----------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_a_server_is_told_before_anything_is_sent(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    server.models = ["another", "third"]
+    with pytest.raises(EngineError, match=r"does not serve 'm', but another, third"):
+        send(run, server)
+    server.models = ["m"]
+    server.key = "secret-key-123"
+    with pytest.raises(CredentialsError, match="asks for a key"):
+        send(run, server)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-user-0000")
+    with pytest.raises(CredentialsError, match="asks for a key"):
+        send(run, server)  # the key of another provider goes nowhere by itself
+    monkeypatch.setenv("MY_KEY", "wrong-key-0000")
+    with pytest.raises(CredentialsError, match="does not take the key in MY_KEY") as caught:
+        send(run, server, api_key_env="MY_KEY")
+    assert "wrong-key" not in caught.value.message
+    with pytest.raises(UsageError, match="not a URL"):
+        submit(run, endpoints=["localhost:8000"])
+    with pytest.raises(UsageError, match="twice"):
+        submit(run, endpoints=[server.url, server.url + "/"])
+    with pytest.raises(EngineError, match=r"no server answers: http://127\.0\.0\.1:9/v1"):
+        submit(run, endpoints=["http://127.0.0.1:9"])
+    assert not run.was_sent()
+    monkeypatch.setenv("MY_KEY", "secret-key-123")
+    assert send(run, server, api_key_env="MY_KEY").exit_code == 0
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+
+def test_ten_kills_in_one_run_of_5000_rows(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"id": n, "question": f"q{n}"}) + "\n" for n in range(5000)))
+    for name in ("run", "undisturbed"):
+        prepare(tasks, tmp_path / name, model="m", backend="server", max_requests=600, workers=1)
+    run = Run.open(tmp_path / "run")
+    port = free_port()
+    process = start_server(port, 0.002)
+    url = f"http://127.0.0.1:{port}/v1"
+    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    try:
+        kills = 0
+        for _ in range(10):
+            victim = subprocess.Popen(
+                [sys.executable, "-m", "batchkit", "submit", run.path, "--endpoints", url],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT,
+            )  # fmt: skip
+            before = lines(run)
+            end = time.monotonic() + 20
+            while lines(run) < before + 250 and victim.poll() is None and time.monotonic() < end:
+                time.sleep(0.005)
+            victim.send_signal(signal.SIGKILL)
+            kills += victim.wait() == -signal.SIGKILL
+        assert kills == 10
+        assert submit(run, endpoints=[url]).exit_code == 0
+        assert submit(tmp_path / "undisturbed", endpoints=[url]).exit_code == 0
+    finally:
+        process.kill()
+    assert_each_answered_by_its_own(run)
+    assert lines(run) == 5000, "what was on the disk was not asked for again"
+    results = []
+    for name in ("run", "undisturbed"):
+        merge(tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_bytes().splitlines()]
+        for row in rows:
+            del row["batchkit"]["attempt"]
+        results.append(rows)
+    assert results[0] == results[1]
+    assert len(results[0]) == 5000
+
+
+def test_a_torn_last_line_is_cut_off(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    send(run, server, limit=4)
+    job = run.job(0)
+    job.attempts[0].state = "running"  # as a kill leaves it
+    job.attempts[0].rows = [(0, 10)]
+    run.write_job(job)
+    path = run.responses_path(0, 1)
+    path.write_bytes(path.read_bytes()[:-20])
+    report = send(run, server)
+    assert (report.sent, report.exit_code) == (7, 0)
+    assert_each_answered_by_its_own(run)
+
+
+def test_ctrl_c_keeps_what_came(server: Server, make_run: MakeRun) -> None:
+    run = make_run(400)
+    server.delay = 0.01
+    with pytest.raises(KeyboardInterrupt):
+        stop_after(0.3, lambda: send(run, server))
+    kept = lines(run)
+    assert 0 < kept < 400
+    assert verdicts(run) == {"answered": kept, "pending": 400 - kept}
+    assert send(run, server).exit_code == 0
+    assert lines(run) == 400
+
+
+# -- finishing what another backend left -----------------------------------------------------------------------------
+
+
+def test_a_run_whose_batch_expired_is_finished_by_a_server(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
+    run = make_run(20, shard=10)
+    with fake_provider.running() as provider:
+        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
+        provider.endings.extend(["expired:4", "completed"])
+        provider.answer = lambda custom_id, question, tries: (200, f"answer to {question}")
+        submit(run, backend="openai", base_url=f"{provider.url}/v1", attempts=1)
+    assert verdicts(run) == {"answered": 14, "expired": 6}
+    assert send(run, server).exit_code == 0
+    assert server.answered.total() == 6
+    merge(run)
+    rows = [json.loads(line) for line in (run.path / "results.jsonl").read_bytes().splitlines()]
+    assert Counter(row["batchkit"]["backend"] for row in rows) == {"openai": 14, "server": 6}
+    assert_each_answered_by_its_own(run)
