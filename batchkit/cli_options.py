@@ -134,6 +134,13 @@ submit_options = add_options(
         metavar="VERDICTS",
         help="Send rows with these verdicts again, too: failed,truncated,refused…",
     ),
+    click.option(
+        "--engine",
+        type=click.Choice(["run-batch", "serve"]),
+        default="run-batch",
+        show_default=True,
+        help="vLLM's batch runner, or its server: slower to start many small jobs, responses on the disk as they come.",
+    ),
     click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
 )
 

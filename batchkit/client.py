@@ -108,9 +108,17 @@ class _PassingError(Exception):
 
 
 class Client:
-    """Makes calls at several endpoints at once. `say` is told when an endpoint goes down or comes back."""
+    """Makes calls at several endpoints at once. `say` is told when an endpoint goes down or comes back; `check` is
+    called while none answers, and may raise what makes waiting senseless."""
 
-    def __init__(self, endpoints: list[Endpoint], pacing: Pacing, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        endpoints: list[Endpoint],
+        pacing: Pacing,
+        say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check = check
         self._endpoints = endpoints
         self._pacing = pacing
         self._say = say
@@ -199,6 +207,7 @@ class Client:
             endpoint.not_before - now for endpoint in self._endpoints if endpoint.up and endpoint.not_before > now
         ]
         if not any(endpoint.up for endpoint in self._endpoints):
+            self._check()
             self._down_since = self._down_since if self._down_since is not None else now
             if now - self._down_since > self._pacing.patience:
                 raise NoEndpointError("no endpoint answers")

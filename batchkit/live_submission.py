@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
+
+import msgspec
 
 from batchkit import live
 from batchkit.backends import server
+from batchkit.backends.vllm import Vllm
 from batchkit.batch_submission import count
 from batchkit.client import Endpoint, Pacing
 from batchkit.handover import Settings
@@ -15,13 +19,16 @@ from batchkit.live import Live
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run, Seal, now
+from batchkit.serving import Serving
 from batchkit.work import Leases
 
 BACKENDS = frozenset({"server", "vllm"})
 """Whose attempts have no engine folder, and are closed when they are found without their process."""
 
 PACING = Pacing()
+SERVED_CONCURRENCY = 256
+"""At each server of our own: enough to fill its batches while the next images are decoded."""
 
 
 class ServerKeywords(TypedDict, total=False):
@@ -58,6 +65,41 @@ def submit_live(
     )
 
 
+def submit_served(
+    run: Run,
+    seals: Mapping[int, Seal],
+    chosen: Sequence[Seal],
+    *,
+    runner: Vllm,
+    common: Settings,
+    progress: Progress,
+    keywords: ServerKeywords,
+) -> SubmitReport:
+    """`submit` for vLLM's own servers, which are started for it."""
+    report = SubmitReport()
+    count(run, chosen, report, attempts=common.attempts, retry=common.retry)
+    if report.remaining == report.in_flight:
+        return report
+    session = f"{now().replace(':', '')}-{os.getpid()}"
+    serving = Serving(runner, run.path / "servers" / session, progress)
+    pacing = pacing_of(keywords)
+    pacing = msgspec.structs.replace(
+        pacing, concurrency=keywords.get("concurrency") or SERVED_CONCURRENCY, patience=float("inf")
+    )
+    with serving.running():
+        return ask_servers(
+            run,
+            seals,
+            chosen,
+            serving.endpoints,
+            backend="vllm",
+            common=common,
+            progress=progress,
+            pacing=pacing,
+            check=serving.check,
+        )
+
+
 def pacing_of(keywords: ServerKeywords) -> Pacing:
     return Pacing(
         concurrency=keywords.get("concurrency") or PACING.concurrency,
@@ -80,6 +122,7 @@ def ask_servers(
     common: Settings,
     progress: Progress,
     pacing: Pacing,
+    check: Callable[[], None] = lambda: None,
 ) -> SubmitReport:
     """Ask `endpoints` all that is due. Raises `EngineError` where none answers any more, `RunBusyError` where other
     processes hold all there is to do."""
@@ -101,7 +144,7 @@ def ask_servers(
             count_tokens=pacing.tokens_per_minute > 0,
         )
         try:
-            server.ask(endpoints, pacing, work.calls(), work.take, progress.say)
+            server.ask(endpoints, pacing, work.calls(), work.take, say=progress.say, check=check)
         finally:
             work.stop()
         if queue.busy is not None and not report.sent:

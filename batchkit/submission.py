@@ -23,7 +23,7 @@ from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
 from batchkit.handover import Settings
-from batchkit.live_submission import ServerKeywords, submit_live
+from batchkit.live_submission import ServerKeywords, submit_live, submit_served
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
@@ -33,6 +33,7 @@ from batchkit.targets import SERVICES
 from batchkit.work import Leases, Scan, Work
 
 BACKENDS = ("vllm", "server", *SERVICES)
+ENGINES = ("run-batch", "serve")
 
 
 class OtherKeywords(ServiceKeywords, ServerKeywords):
@@ -48,6 +49,7 @@ def submit(
     attempts: int = 3,
     retry: frozenset[Verdict] = frozenset(),
     replicas: int = 1,
+    engine: str = "run-batch",
     engine_args: Sequence[str] = (),
     progress: Progress | None = None,
     **others: Unpack[OtherKeywords],
@@ -56,7 +58,8 @@ def submit(
 
     `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
     eighth shard, from the third on. `attempts` bounds how often a request is tried that failed in passing or with
-    which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM,
+    which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM;
+    `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are on the disk as they come).
     `others` are for the other backends; `ServiceKeywords` and `ServerKeywords` say what they mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
@@ -66,7 +69,9 @@ def submit(
     began = time.monotonic()
     run = run if isinstance(run, Run) else Run.open(run)
     backend = backend or run.manifest.backend
-    _refuse_unusable(backend, attempts=attempts, limit=limit, retry=retry, engine_args=engine_args, others=others)
+    _refuse_unusable(
+        backend, attempts=attempts, limit=limit, retry=retry, engine=engine, engine_args=engine_args, others=others
+    )
     progress = progress or Silent()
     seals = _sealed(run, progress)
     chosen = _select(list(seals.values()), shards)
@@ -88,8 +93,13 @@ def submit(
         else:
             runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
             _tell_recovered(sessions.recover(run, seals), progress)
-            scan = Scan(run, chosen, attempts=attempts, retry=retry)
-            report = _run_engines(run, seals, scan, runner, progress, limit=limit, attempts=attempts, retry=retry)
+            if engine == "serve":
+                report = submit_served(
+                    run, seals, chosen, runner=runner, common=common, progress=progress, keywords=others
+                )
+            else:
+                scan = Scan(run, chosen, attempts=attempts, retry=retry)
+                report = _run_engines(run, seals, scan, runner, progress, limit=limit, attempts=attempts, retry=retry)
     report.seconds = time.monotonic() - began
     return report
 
@@ -124,6 +134,7 @@ def _refuse_unusable(
     attempts: int,
     limit: int | None,
     retry: frozenset[Verdict],
+    engine: str,
     engine_args: Sequence[str],
     others: OtherKeywords,
 ) -> None:
@@ -131,9 +142,11 @@ def _refuse_unusable(
         raise UsageError(f"unknown backend {backend!r}", hint=f"--backend {'|'.join(BACKENDS)}")
     if attempts < 1 or (limit is not None and limit < 0):
         raise UsageError("--attempts must be at least 1, and --limit no less than 0")
+    if engine not in ENGINES or (engine != ENGINES[0] and backend != "vllm"):
+        raise UsageError(f"--engine {engine}: not for {backend}", hint="--engine run-batch or serve, of --backend vllm")
     if engine_args and backend != "vllm":
         raise UsageError(f"arguments behind -- go to vLLM; {backend} takes none", hint="leave them out")
-    _refuse_foreign(backend, others)
+    _refuse_foreign("serve" if engine == "serve" and backend == "vllm" else backend, others)
     _refuse_senseless(retry)
 
 
@@ -175,8 +188,10 @@ def _refuse_foreign(backend: str, others: OtherKeywords) -> None:
     for name, value in others.items():
         given = value not in (None, ()) and value is not (name == "wait")
         kind = "live servers" if name in of_servers else "batch services"
-        fits = (backend == "server" and name in of_servers | {"api_key_env"}) or (
-            backend in SERVICES and name not in of_servers
+        fits = (
+            (backend == "server" and name in of_servers | {"api_key_env"})
+            or (backend == "serve" and name in of_servers - {"endpoints"})
+            or (backend in SERVICES and name not in of_servers)
         )
         if given and not fits:
             flag = "--no-wait" if name == "wait" else "--" + name.replace("_", "-")

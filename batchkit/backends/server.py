@@ -108,11 +108,13 @@ def ask(
     pacing: Pacing,
     source: Iterator[Call],
     done: Callable[[Reply], None],
+    *,
     say: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make all calls of `source`. Raises `EngineError` where no server answers any more."""
+    """Make all calls of `source`. Raises `EngineError` where no server answers any more, and what `check` raises."""
     try:
-        run_async(Client(list(endpoints), pacing, say).run(source, done))
+        run_async(Client(list(endpoints), pacing, say, check).run(source, done))
     except NoEndpointError as exc:
         raise EngineError(
             f"no server has answered for {pacing.patience:g} s",

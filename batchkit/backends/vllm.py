@@ -111,7 +111,7 @@ class Vllm:
         self.model = model
         environment = dict(os.environ)
         gpus = [] if self.install.cpu else vllm_install.list_gpus(environment)
-        self._mib = min((gpu.mib for gpu in gpus), default=0)
+        self.mib = min((gpu.mib for gpu in gpus), default=0)
         self._groups = vllm_install.split_gpus(gpus, replicas, args)
         self._cores = vllm_install.split_cores(replicas, args) if self.install.cpu else [None] * replicas
         self._environment = environment
@@ -137,19 +137,26 @@ class Vllm:
             model=self.model,
             names=[self.model],
             args=self.args,
-            mib=self._mib,
+            mib=self.mib,
         )
-        environment = vllm_install.engine_environment(
+        engine = processes.start(
+            command,
+            environment=self.environment(slot, scratch),
+            log=folder / LOG,
+            identity=folder / IDENTITY,
+            scratch=scratch,
+        )
+        return Start(engine, folder, slot)
+
+    def environment(self, slot: int, scratch: Path) -> dict[str, str]:
+        """Of an engine on the GPUs of `slot`."""
+        return vllm_install.engine_environment(
             base=self._environment,
             scratch=scratch,
             gpus=self._groups[slot],
             cores=self._cores[slot],
             kv_cache_gib=self._space,
         )
-        engine = processes.start(
-            command, environment=environment, log=folder / LOG, identity=folder / IDENTITY, scratch=scratch
-        )
-        return Start(engine, folder, slot)
 
     def explain(self, end: End) -> BatchkitError:
         """The error for an engine that did not work, with the end of its own log."""

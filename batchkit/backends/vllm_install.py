@@ -117,21 +117,39 @@ def engine_command(
     `--model` among `args` says where the weights are, if they go by another name than `model`.
     """
     command = [sys.executable, "-m", install.module, "-i", str(source), "-o", str(target)]
+    command += _common(install, model=model, names=names, args=args, mib=mib)
     options = given(args)
-    if "--model" not in options:
-        command += ["--model", model]
+    if install.streams and "--max-inflight" not in options:
+        # Enough to keep the engine busy while the next ones are read and their images decoded.
+        sequences = options.get("--max-num-seqs") or _sequences(mib)
+        command += ["--max-inflight", str(2 * int(sequences))]
+    return [*command, *args]
+
+
+def server_command(
+    install: Install, *, module: str, port: int, model: str, args: Sequence[str], mib: int = 0
+) -> list[str]:
+    """The command of vLLM's own server on loopback; the arguments are as for `engine_command`."""
+    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port)]
+    return [*command, *_common(install, model=model, names=[model], args=args, mib=mib), *args]
+
+
+def _common(install: Install, *, model: str, names: Sequence[str], args: Sequence[str], mib: int) -> list[str]:
+    options = given(args)
+    command = [] if "--model" in options else ["--model", model]
     command += ["--served-model-name", *names]
     # vLLM's table of defaults leaves its own batch runner out: it falls to 128 sequences and 2,048 tokens.
-    sequences = 1024 if mib >= LARGE_GPU_MIB else 256
-    wanted = {"--max-num-seqs": sequences}
+    wanted = {"--max-num-seqs": _sequences(mib)}
     if not install.cpu:  # there its start-up would compute as many tokens once, which takes minutes for a large model
         wanted["--max-num-batched-tokens"] = 8192
-    if install.streams:  # enough to keep the engine busy while the next ones are read and their images decoded
-        wanted["--max-inflight"] = 2 * int(options.get("--max-num-seqs") or sequences)
     for name, value in wanted.items():
         if name not in options:
             command += [name, str(value)]
-    return [*command, *args]
+    return command
+
+
+def _sequences(mib: int) -> int:
+    return 1024 if mib >= LARGE_GPU_MIB else 256
 
 
 def engine_environment(
