@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchkit.cancelling import cancel as cancel
     from batchkit.errors import BatchkitError as BatchkitError
+    from batchkit.inference import infer as infer
     from batchkit.merging import merge as merge
     from batchkit.piles import merge_pile as merge_pile
     from batchkit.pipeline import run as run
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BatchkitError": "errors",
     "cancel": "cancelling",
+    "infer": "inference",
     "merge": "merging",
     "merge_pile": "piles",
     "plan": "preparation",
@@ -39,7 +41,7 @@ _HOMES = {
     "submit": "submission",
 }
 
-__all__ = ["BatchkitError", "cancel", "merge", "merge_pile", "plan", "prepare", "run", "status", "submit"]
+__all__ = ["BatchkitError", "cancel", "infer", "merge", "merge_pile", "plan", "prepare", "run", "status", "submit"]
 
 
 def __getattr__(name: str) -> Any:

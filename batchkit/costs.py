@@ -89,6 +89,7 @@ def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Set
 
 
 def _due(run: Run, seal: Seal, settings: Settings) -> int:
-    if not run.job_path(seal.shard).exists():
+    if settings.only is None and not run.job_path(seal.shard).exists():
         return seal.requests
-    return len(outcomes.to_send(outcomes.load(run, seal), attempts=settings.attempts, retry=settings.retry))
+    found = outcomes.load(run, seal)
+    return len(outcomes.to_send(found, attempts=settings.attempts, retry=settings.retry, only=settings.only))

@@ -35,8 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the user wants. `sends` False: nothing new is created, what is under way is watched and collected.
 
     `limit` bounds the requests that are sent now, `max_active` the batches under way, `max_enqueued_tokens` their
-    estimated input tokens, `max_cost` the dollars that all attempts of the run may cost. `key_env` names the variable
-    of the key.
+    estimated input tokens, `max_cost` the dollars that all attempts of the run may cost. `only` these positions are
+    sent, where given. `key_env` names the variable of the key.
     """
 
     key_env: str
@@ -45,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     attempts: int = 3
     retry: frozenset[Verdict] = frozenset()
+    only: frozenset[int] | None = None
     max_active: int = MAX_ACTIVE
     max_enqueued_tokens: int | None = None
     max_cost: float | None = None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -126,14 +126,23 @@ def _read_responses(
     return candidates
 
 
-def to_send(outcomes: ShardOutcomes, *, attempts: int, retry: frozenset[Verdict] = frozenset()) -> list[int]:
+def to_send(
+    outcomes: ShardOutcomes,
+    *,
+    attempts: int,
+    retry: frozenset[Verdict] = frozenset(),
+    only: Container[int] | None = None,
+) -> list[int]:
     """The positions that `submit` has to send (again), ascending.
 
     What is pending; what is missing or failed in passing (expired too) after fewer than `attempts` tries; and the
-    verdicts in `retry`, however often they were tried. Rejected rows never.
+    verdicts in `retry`, however often they were tried. Rejected rows never; `only` these positions, where given.
     """
-    start = outcomes.seal.start
-    return [start + index for index, outcome in enumerate(outcomes.outcomes) if _is_due(outcome, attempts, retry)]
+    return [
+        position
+        for position, outcome in enumerate(outcomes.outcomes, outcomes.seal.start)
+        if (only is None or position in only) and _is_due(outcome, attempts, retry)
+    ]
 
 
 def to_retry(outcomes: ShardOutcomes, positions: Iterable[int], *, attempts: int) -> list[int]:

@@ -81,7 +81,8 @@ class Queue:
         if not self.hold(seal):
             return
         found = outcomes.load(self._run, seal)
-        due = outcomes.to_send(found, attempts=self._settings.attempts, retry=self._settings.retry)
+        wanted = self._settings
+        due = outcomes.to_send(found, attempts=wanted.attempts, retry=wanted.retry, only=wanted.only)
         handled = self._handled.get(seal.shard, set())
         self._parcels.extend(parcels.cut(self._run, seal, [row for row in due if row not in handled], self._limits))
         if not self._parcels:

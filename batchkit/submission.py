@@ -48,6 +48,7 @@ def submit(
     shards: str | None = None,
     attempts: int = 3,
     retry: frozenset[Verdict] = frozenset(),
+    positions: frozenset[int] | None = None,
     replicas: int = 1,
     engine: str = "run-batch",
     engine_args: Sequence[str] = (),
@@ -57,10 +58,11 @@ def submit(
     """Send what has no response yet, and wait for the responses. Again: goes on where it stopped.
 
     `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
-    eighth shard, from the third on. `attempts` bounds how often a request is tried that failed in passing or with
-    which the engine died; requests whose verdict is in `retry` are sent again in any case. `engine_args` go to vLLM;
-    `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are on the disk as they come).
-    `others` are for the other backends; `ServiceKeywords` and `ServerKeywords` say what they mean.
+    eighth shard, from the third on; `positions` only these rows. `attempts` bounds how often a request is tried that
+    failed in passing or with which the engine died; requests whose verdict is in `retry` are sent again in any case.
+    `engine_args` go to vLLM; `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are on
+    the disk as they come). `others` are for the other backends; `ServiceKeywords` and `ServerKeywords` say what they
+    mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
     `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `CredentialsError` and
@@ -76,7 +78,7 @@ def submit(
     seals = _sealed(run, progress)
     chosen = _select(list(seals.values()), shards)
     with _terminable():
-        common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry)
+        common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry, only=positions)
         if backend == "server":
             report = submit_live(
                 run,
@@ -98,8 +100,8 @@ def submit(
                     run, seals, chosen, runner=runner, common=common, progress=progress, keywords=others
                 )
             else:
-                scan = Scan(run, chosen, attempts=attempts, retry=retry)
-                report = _run_engines(run, seals, scan, runner, progress, limit=limit, attempts=attempts, retry=retry)
+                scan = Scan(run, chosen, attempts=attempts, retry=retry, only=positions)
+                report = _run_engines(run, seals, scan, runner, progress, settings=common)
     report.seconds = time.monotonic() - began
     return report
 
@@ -111,18 +113,24 @@ def _run_engines(
     runner: vllm.Vllm,
     progress: Progress,
     *,
-    limit: int | None,
-    attempts: int,
-    retry: frozenset[Verdict],
+    settings: Settings,
 ) -> SubmitReport:
     report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
     if scan.in_flight:
         progress.say(f"{scan.in_flight:,} requests are at a batch service: they are left to it")
     with Leases(run) as leases:
-        work = Work(run, scan, leases, limit=limit, attempts=attempts, retry=retry)
+        work = Work(
+            run,
+            scan,
+            leases,
+            limit=settings.limit,
+            attempts=settings.attempts,
+            retry=settings.retry,
+            only=settings.only,
+        )
         progress.grow(work.due)
         engines = Engines(run, seals, runner=runner, work=work, leases=leases, report=report, progress=progress)
-        engines.go(Pool(engines.take_fresh, attempts=attempts, proven=scan.answered))
+        engines.go(Pool(engines.take_fresh, attempts=settings.attempts, proven=scan.answered))
         if work.busy is not None and not report.sent:
             raise work.busy
     return report

@@ -56,7 +56,15 @@ class Scan:
     """What the chosen shards hold before anything is sent: requests that are `due`, `unanswered`, or `in_flight` at a
     batch service, and whether any engine ever `answered`."""
 
-    def __init__(self, run: Run, seals: Sequence[Seal], *, attempts: int, retry: frozenset[Verdict]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        seals: Sequence[Seal],
+        *,
+        attempts: int,
+        retry: frozenset[Verdict],
+        only: frozenset[int] | None = None,
+    ) -> None:
         self.due = self.unanswered = self.in_flight = 0
         self.answered = False
         self.shards: list[Seal] = []
@@ -64,9 +72,9 @@ class Scan:
         for seal in seals:
             due = seal.requests
             self.unanswered += len(seal.rejected)
-            if run.job_path(seal.shard).exists():
+            if only is not None or run.job_path(seal.shard).exists():
                 found = outcomes.load(run, seal)
-                due = len(outcomes.to_send(found, attempts=attempts, retry=retry))
+                due = len(outcomes.to_send(found, attempts=attempts, retry=retry, only=only))
                 answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
                 flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
                 self.answered = self.answered or answered > 0
@@ -83,8 +91,17 @@ class Work:
     """The requests that are due, handed out in order, each once."""
 
     def __init__(
-        self, run: Run, scan: Scan, leases: Leases, *, limit: int | None, attempts: int, retry: frozenset[Verdict]
+        self,
+        run: Run,
+        scan: Scan,
+        leases: Leases,
+        *,
+        limit: int | None,
+        attempts: int,
+        retry: frozenset[Verdict],
+        only: frozenset[int] | None = None,
     ) -> None:
+        self._only = only
         self._run = run
         self._leases = leases
         self._attempts = attempts
@@ -129,7 +146,7 @@ class Work:
                 continue
             # Looked at again: another process may have worked on it before we held its lease.
             found = outcomes.load(self._run, seal)
-            due = outcomes.to_send(found, attempts=self._attempts, retry=self._retry)
+            due = outcomes.to_send(found, attempts=self._attempts, retry=self._retry, only=self._only)
             self._rest = [(seal.shard, position) for position in due]
             if self._rest:
                 return True
