@@ -16,13 +16,14 @@ import contextlib
 import datetime as dt
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from batchkit.batches import Batch, Order, Service
-from batchkit.jobs import Attempt, AttemptState, Ending, Remote
+from batchkit import calls
+from batchkit.batches import Batch, Order, RefusedError, Service
+from batchkit.jobs import Attempt, AttemptState, Remote
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.shardfiles import request_lines
@@ -63,10 +64,11 @@ class Gathered(msgspec.Struct, kw_only=True):
 
 
 class ShortError(Exception):
-    """The files of a batch have fewer lines than the batch says it has."""
+    """The files of a batch lack requests that they should have; what they hold is on the disk."""
 
-    def __init__(self, found: int, expected: int) -> None:
-        super().__init__(f"{found:,} lines came of {expected:,} that the provider counts")
+    def __init__(self, found: int, expected: int | None, why: str = "") -> None:
+        of = f"{expected:,} that the provider should have" if expected is not None else "nobody knows how many"
+        super().__init__(f"{found:,} responses came of {of}{why}")
 
 
 # -- steps 1 to 4 ----------------------------------------------------------------------------------------------------
@@ -162,7 +164,8 @@ def order_of(run: Run, tracked: Tracked) -> Order:
 def _request_file(run: Run, tracked: Tracked, service: Service) -> Iterator[Path]:
     """The attempt's requests in the provider's dialect, as a file that is gone at the end of the block."""
     path = run.path / "uploads" / f"{tracked.name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    with calls.storing(path.parent):
+        path.parent.mkdir(exist_ok=True)
     try:
         with write_whole(path) as stream:
             for line in request_lines(run, tracked.seal, tracked.attempt.rows):
@@ -175,59 +178,74 @@ def _request_file(run: Run, tracked: Tracked, service: Service) -> Iterator[Path
 # -- steps 5 and 6 ---------------------------------------------------------------------------------------------------
 
 
-def collect(run: Run, tracked: Tracked, service: Service, batch: Batch, *, complete: bool = True) -> Gathered:
+def collect(run: Run, tracked: Tracked, service: Service, batch: Batch) -> Gathered:
     """Download all files of a batch that has ended, and close the attempt.
 
-    Raises `ShortError` where they hold fewer lines than the batch counts, unless `complete` is False: then what there
-    is, is kept, and the attempt says how much is missing.
+    Raises `ShortError` where requests have no line that must have one. What there is, is kept, and the attempt stays
+    open: the provider may have more, and sending these requests again would be paid for again.
     """
     folder = run.path / "downloads" / tracked.name
-    folder.mkdir(parents=True, exist_ok=True)
+    with calls.storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    gone = ""
     try:
         parts = []
         for index, file_id in enumerate(batch.files):
+            try:
+                service.download(file_id, folder / f"{index}.jsonl", alive=lambda count: None)  # noqa: ARG005
+            except RefusedError as exc:
+                gone = f"; {exc}"
+                continue
             parts.append(folder / f"{index}.jsonl")
-            service.download(file_id, parts[-1], alive=lambda count: None)  # noqa: ARG005
-        gathered, short = _write_responses(run, tracked, service, batch, parts, complete=complete)
+        gathered = _write_responses(run, tracked, service, parts)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    tracked.attempt.ending = _ending(batch)
-    tracked.remote.state, tracked.remote.files = batch.state, list(batch.files)
-    save(run, tracked, "collected", message=short)
+    expected = _expected(tracked, batch)
+    if gone or expected is None or gathered.responses < expected:
+        raise ShortError(gathered.responses, expected, gone)
+    close(run, tracked, batch)
     return gathered
 
 
-def _write_responses(
-    run: Run, tracked: Tracked, service: Service, batch: Batch, parts: Sequence[Path], *, complete: bool
-) -> tuple[Gathered, str | None]:
-    gathered, seen, lines = Gathered(), set[str](), 0
-    expected = _expected(tracked, batch)
-    short: str | None = None
+def close(run: Run, tracked: Tracked, batch: Batch) -> None:
+    """Step 6."""
+    tracked.attempt.ending = "completed" if batch.phase == "running" else batch.phase
+    tracked.remote.state, tracked.remote.files, tracked.remote.trouble = batch.state, list(batch.files), None
+    save(run, tracked, "collected")
+
+
+def give_up(run: Run, tracked: Tracked) -> None:
+    """Close an attempt that the user says will not be made whole: its requests without a line are `missing`."""
+    trouble, tracked.remote.trouble = tracked.remote.trouble, None
+    save(run, tracked, "collected", message=f"given up: {trouble}")
+
+
+def _write_responses(run: Run, tracked: Tracked, service: Service, parts: Sequence[Path]) -> Gathered:
+    ids = run.read_ids(tracked.seal)
+    wanted = {ids[position - tracked.seal.start] for position in tracked.positions}
+    gathered = Gathered()
     with write_whole(run.responses_path(tracked.seal.shard, tracked.attempt.number), durable=True) as stream:
         for line in _lines(parts):
             translated = service.response(line)
             stream.write(translated + b"\n")
-            lines += 1
             with contextlib.suppress(UnreadableLine):
                 response = parse(translated)
-                if response.custom_id not in seen:
-                    seen.add(response.custom_id)
+                if response.custom_id in wanted:
+                    wanted.remove(response.custom_id)
                     gathered.responses += 1
                     gathered.answers += response.verdict in ANSWERS
                     gathered.passing += response.passing
-        if len(seen) < min(expected, len(tracked.positions)):
-            error = ShortError(len(seen), expected)
-            if complete:
-                raise error
-            short = str(error)
-    return gathered, short
+    return gathered
 
 
-def _expected(tracked: Tracked, batch: Batch) -> int:
-    """How many requests must have a line: as many as the provider counts, all where it says only that it is done."""
-    if batch.completed is None and batch.failed is None and batch.phase == "completed" and not batch.partial:
+def _expected(tracked: Tracked, batch: Batch) -> int | None:
+    """How many requests must have a line: all of a batch that is complete, of another as many as the provider counts;
+    None where it counts nothing and has no files, which may still come."""
+    if batch.phase == "completed" and not batch.partial:
         return len(tracked.positions)
-    return (batch.completed or 0) + (batch.failed or 0)
+    if batch.completed is None and batch.failed is None:
+        return 0 if batch.files else None
+    return min((batch.completed or 0) + (batch.failed or 0), len(tracked.positions))
 
 
 def _lines(parts: Sequence[Path]) -> Iterator[bytes]:
@@ -239,28 +257,30 @@ def _lines(parts: Sequence[Path]) -> Iterator[bytes]:
                     yield line.rstrip(b"\r\n")
 
 
-def _ending(batch: Batch) -> Ending:
-    return "completed" if batch.phase == "running" else batch.phase
-
-
 def set_aside(run: Run, tracked: Tracked, batch: Batch) -> list[int]:
     """Close the attempt at a batch that failed validation: the requests that the provider names become `failed`, with
     its reason, and the others are to be sent again. Returns the positions of the former."""
-    ids = run.read_ids(tracked.seal)
     zero_based = any(fault.line == 0 for fault in batch.faults)  # some hosts count the lines from 0
     reasons: dict[int, str] = {}
     for fault in batch.faults:
         index = -1 if fault.line is None else fault.line - (0 if zero_based else 1)
         if 0 <= index < len(tracked.positions):
             reasons.setdefault(tracked.positions[index], f"refused by the provider: {fault.message}")
+    tracked.remote.state = batch.state
+    fail(run, tracked, reasons, code="refused_by_validation")
+    return sorted(reasons)
+
+
+def fail(run: Run, tracked: Tracked, reasons: Mapping[int, str], *, code: str) -> None:
+    """Close an attempt of which nothing was run: the requests at these positions have failed for good."""
+    ids = run.read_ids(tracked.seal)
     with write_whole(run.responses_path(tracked.seal.shard, tracked.attempt.number), durable=True) as stream:
         for position, reason in sorted(reasons.items()):
-            error = {"code": "refused_by_validation", "message": reason}
+            error = {"code": code, "message": reason}
             line = {"custom_id": ids[position - tracked.seal.start], "response": None, "error": error}
             stream.write(msgspec.json.encode(line) + b"\n")
-    tracked.attempt.ending, tracked.remote.state = "failed", batch.state
-    save(run, tracked, "refused", message=f"{len(reasons):,} requests failed the provider's validation")
-    return sorted(reasons)
+    tracked.attempt.ending = "failed"
+    save(run, tracked, "refused", message=f"{len(reasons):,} requests were refused by the provider")
 
 
 def clean_up(run: Run, shard: int) -> None:

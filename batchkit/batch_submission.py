@@ -9,7 +9,8 @@ from typing import TypedDict
 import msgspec
 
 from batchkit import attempts, outcomes, targets
-from batchkit.batches import PassingError, RefusedError, Service
+from batchkit.attempts import Tracked
+from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.costs import Costs, refuse_too_dear
 from batchkit.errors import UsageError
 from batchkit.handover import Cost, Pace, Settings
@@ -75,7 +76,14 @@ def submit_run(
             "limits of that (max_tokens, temperature), which reasoning models refuse"
         )
     settings = _settings(common, keywords, key_env)
-    settle(run, seals, service, adopt=keywords.get("adopt", ()), resend=keywords.get("resend", ()))
+    settle(
+        run,
+        seals,
+        service,
+        adopt=keywords.get("adopt", ()),
+        resend=keywords.get("resend", ()),
+        say=progress.say,
+    )
     costs = Costs(run, target.prices)
     refuse_too_dear(run, chosen, costs, settings)
     return submit_batches(
@@ -110,7 +118,7 @@ def submit_batches(
     target: Target,
     service: Service,
     settings: Settings,
-    estimate: Callable[[Seal, int], Cost],
+    estimate: Callable[[Seal, Sequence[int]], Cost],
     progress: Progress,
 ) -> SubmitReport:
     """Hand the shards `seals` over, and collect what is done. Raises what `Services.go` raises, and `RunBusyError`
@@ -123,6 +131,7 @@ def submit_batches(
             service=service,
             limits=target.limits,
             settings=settings,
+            host=target.host_name,
             estimate=estimate,
             leases=leases,
             report=report,
@@ -158,33 +167,85 @@ def count(
 
 
 def settle(
-    run: Run, seals: Mapping[int, Seal], service: Service, *, adopt: Sequence[str], resend: Sequence[str]
+    run: Run,
+    seals: Mapping[int, Seal],
+    service: Service,
+    *,
+    adopt: Sequence[str],
+    resend: Sequence[str],
+    say: Callable[[str], None],
 ) -> None:
-    """Settle doubtful attempts as the user says: `adopt` has ATTEMPT=BATCH_ID, `resend` ATTEMPT, as 00003.1."""
+    """Settle doubtful or troubled attempts as the user says: `adopt` has ATTEMPT=BATCH_ID, `resend` ATTEMPT, as
+    00003.1. Raises `UsageError` where that would lose something or pay for it twice."""
     for text in adopt:
-        name, _, batch_id = text.partition("=")
-        with _doubtful(run, seals, name, "--adopt") as tracked:
-            try:
-                batch = service.check(batch_id)
-            except (RefusedError, PassingError) as exc:
-                raise UsageError(f"--adopt {text}: {exc}", hint="check the batch's id at the provider") from exc
-            attempts.begin(run, tracked, batch)
+        with _unsettled(run, seals, service, text.partition("=")[0], "--adopt") as tracked:
+            attempts.begin(run, tracked, _check_adoption(run, seals, service, tracked, text))
     for name in resend:
-        with _doubtful(run, seals, name, "--resend") as tracked:
-            attempts.save(run, tracked, "refused", message="the user says that its batch was not created")
+        with _unsettled(run, seals, service, name, "--resend") as tracked:
+            _resend(run, service, tracked, say)
+
+
+def _check_adoption(run: Run, seals: Mapping[int, Seal], service: Service, tracked: Tracked, text: str) -> Batch:
+    """The batch that `--adopt TEXT` names, which must not be known as another one's."""
+    batch_id = text.partition("=")[2]
+    for seal in seals.values():
+        for attempt in run.job(seal.shard).attempts:
+            if attempt.remote is not None and batch_id in (attempt.remote.batch_id, *attempt.remote.past):
+                raise UsageError(
+                    f"--adopt {text}: that is the batch of attempt {seal.shard:05d}.{attempt.number}",
+                    hint="check the batch's id at the provider",
+                )
+    try:
+        batch = service.check(batch_id)
+    except (RefusedError, PassingError) as exc:
+        raise UsageError(f"--adopt {text}: {exc}", hint="check the batch's id at the provider") from None
+    remote = tracked.remote
+    other_tag = batch.tag is not None and not batch.tag.startswith(remote.tag)
+    other_file = batch.tag is None and None not in (batch.file_id, remote.file_id) and batch.file_id != remote.file_id
+    if other_tag or other_file:
+        raise UsageError(
+            f"--adopt {text}: this batch was created for something else (its mark or its file says so)",
+            hint="check the batch's id at the provider",
+        )
+    return batch
+
+
+def _resend(run: Run, service: Service, tracked: Tracked, say: Callable[[str], None]) -> None:
+    """Close the attempt, so that its requests are due again. One that turns up at the provider after all is adopted."""
+    if tracked.attempt.state == "running":
+        attempts.give_up(run, tracked)
+        return
+    try:
+        batch = service.find(attempts.order_of(run, tracked))
+    except (RefusedError, PassingError) as exc:
+        raise UsageError(
+            f"--resend {tracked.name}: the provider's list cannot be read now: {exc}", hint="try again later"
+        ) from None
+    if batch is not None:
+        attempts.begin(run, tracked, batch)
+        say(f"{tracked.label}: found batch {batch.id} at the provider after all, and adopted it")
+    else:
+        attempts.save(run, tracked, "refused", message="the user says that its batch was not created")
 
 
 @contextlib.contextmanager
-def _doubtful(run: Run, seals: Mapping[int, Seal], name: str, flag: str) -> Iterator[attempts.Tracked]:
+def _unsettled(run: Run, seals: Mapping[int, Seal], service: Service, name: str, flag: str) -> Iterator[Tracked]:
     shard, _, number = name.partition(".")
     seal = seals.get(int(shard)) if shard.isdecimal() else None
     if seal is None:
         raise UsageError(f"{flag} {name}: the run has no such attempt", hint=f"{flag} 00003.1 names shard and attempt")
     with run.lease(f"{seal.shard:05d}"):
         for tracked in attempts.take_up(run, seal):
-            if str(tracked.attempt.number) == number and tracked.attempt.state == "doubtful":
+            if str(tracked.attempt.number) == number and _is_unsettled(tracked):
+                if (tracked.attempt.backend, tracked.remote.base_url) != (service.name, service.base_url):
+                    raise UsageError(
+                        f"{flag} {name}: it is at {tracked.attempt.backend} ({tracked.remote.base_url})",
+                        hint="name that --backend and --base-url",
+                    )
                 yield tracked
                 return
-        raise UsageError(
-            f"{flag} {name}: this attempt is not doubtful", hint="batchkit status RUN lists those that are"
-        )
+        raise UsageError(f"{flag} {name}: this attempt is not doubtful", hint="batchkit status lists those that are")
+
+
+def _is_unsettled(tracked: Tracked) -> bool:
+    return tracked.attempt.state == "doubtful" or tracked.remote.trouble is not None

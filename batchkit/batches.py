@@ -45,7 +45,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     `completed` and `failed` count requests, None where the provider does not say; a batch has ended when `phase` is not
     `running`. `files` are to be downloaded. `tokens` are those used so far. `partial`: the provider gave up on some
-    requests, and has no lines for them.
+    requests, and has no lines for them. `tag` and `file_id` are those of its order, where the provider shows them.
     """
 
     id: str
@@ -56,6 +56,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     failed: int | None = None
     tokens: int | None = None
     partial: bool = False
+    tag: str | None = None
+    file_id: str | None = None
     files: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
 

@@ -144,6 +144,7 @@ def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **opt
         report = submission.submit(run, backend=backend, progress=progress, **_submit_keywords(options))
     cli_messages.tell_submitted(report)
     cli_messages.tell_doubtful(report, run)
+    cli_messages.tell_troubled(report, run)
     click.echo(f"\nnext: batchkit {'submit' if report.remaining else 'merge'} {shlex.quote(run)}", err=True)
     sys.exit(report.exit_code)
 
@@ -276,6 +277,7 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
         cli_messages.tell_merged(summary)
     for report in reports:
         cli_messages.tell_doubtful(report, run)
+        cli_messages.tell_troubled(report, run)
     sys.exit(summary.exit_code)
 
 

@@ -64,6 +64,16 @@ def tell_doubtful(report: Any, run: str) -> None:
         )
 
 
+def tell_troubled(report: Any, run: str) -> None:
+    for name, why in report.troubled.items():
+        click.echo(
+            f"\nattempt {name} cannot be collected whole: {why}.\nWhat came is kept. The next submit looks again; to "
+            "give the rest up, and pay for it again:\n"
+            f"  batchkit submit {shlex.quote(run)} --resend {name}",
+            err=True,
+        )
+
+
 def tell_merged(summary: Any, *, as_json: bool = False) -> None:
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
     click.echo(f"merged {counted(summary.rows, 'row')}: {counts}", err=True)

@@ -9,7 +9,7 @@ from batchkit.errors import UsageError
 from batchkit.handover import Cost, Settings
 from batchkit.measures import Totals, request_tokens
 from batchkit.pricing import Prices
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run, Seal, as_ranges
 from batchkit.shardfiles import request_lines
 
 
@@ -21,25 +21,28 @@ class Costs:
         self._prices = Prices(prices, run.manifest.model, batch=True)
         self._measured: dict[int, Totals] = {}
 
-    def __call__(self, seal: Seal, requests: int) -> Cost:
-        """Of so many of the shard's requests, as if they were alike."""
-        totals = self._totals(seal)
-        if totals.input is None or not totals.requests:
+    def __call__(self, seal: Seal, positions: Sequence[int]) -> Cost:
+        """Of the shard's requests at these positions. Of a part of the shard the requests themselves are measured: they
+        need not be alike."""
+        totals = self._totals(seal) if len(positions) == seal.requests else self._measure(seal, positions)
+        if totals.input is None:
             return Cost()
-        taken = -(-totals.input * requests // totals.requests)
-        if totals.output is None:
-            return Cost(input_tokens=taken)
-        usd = self._prices.total(requests, taken, -(-totals.output * requests // totals.requests))
-        return Cost(input_tokens=taken, usd=float(usd) if usd is not None else None)
+        usd = None
+        if totals.output is not None:
+            usd = self._prices.total(totals.requests, totals.input, totals.output)
+        return Cost(input_tokens=totals.input, usd=float(usd) if usd is not None else None)
+
+    def _measure(self, seal: Seal, positions: Sequence[int]) -> Totals:
+        totals = Totals()
+        for line in request_lines(self._run, seal, as_ranges(positions)):
+            totals.add(request_tokens(line, self._run.manifest.model))
+        return totals
 
     def _totals(self, seal: Seal) -> Totals:
         if seal.tokens is not None:
             return seal.tokens
         if seal.shard not in self._measured:
-            totals = Totals()
-            for line in request_lines(self._run, seal, [(seal.start, seal.end)]):
-                totals.add(request_tokens(line, self._run.manifest.model))
-            self._measured[seal.shard] = totals
+            self._measured[seal.shard] = self._measure(seal, range(seal.start, seal.end))
         return self._measured[seal.shard]
 
     def why_unknown(self, seal: Seal) -> str:
@@ -52,11 +55,11 @@ class Costs:
         return "the requests have no --max-tokens: nobody knows the most that they cost"
 
 
-def spent_on(run: Run, seals: Sequence[Seal]) -> float:
-    """US dollars that the attempts at batch services so far cost at most, by their estimates."""
+def spent_on(run: Run) -> float:
+    """US dollars that the run's attempts at batch services so far cost at most, by their estimates."""
     return sum(
         attempt.remote.usd or 0.0
-        for seal in seals
+        for seal in run.seals()
         for attempt in run.job(seal.shard).attempts
         if attempt.remote is not None and attempt.state != "refused"
     )
@@ -66,9 +69,9 @@ def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Set
     """Raise `UsageError` where what is to be sent may cost more than `max_cost`, with what the run has cost before."""
     if settings.max_cost is None:
         return
-    total, left, fits = spent_on(run, seals), settings.limit, 0
+    total, left, fits = spent_on(run), settings.limit, 0
     for seal in seals:
-        due = _due(run, seal, settings) if left is None else min(left, _due(run, seal, settings))
+        due = _due(run, seal, settings)[:left]
         if not due:
             continue
         cost = costs(seal, due).usd
@@ -78,9 +81,9 @@ def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Set
                 hint="leave --max-cost out, or prepare with what is missing",
             )
         room = max(0.0, settings.max_cost - total)
-        fits += min(due, int(due * room / cost)) if cost else due
+        fits += min(len(due), int(len(due) * room / cost)) if cost else len(due)
         total += cost
-        left = None if left is None else left - due
+        left = None if left is None else left - len(due)
     if total > settings.max_cost:
         raise UsageError(
             f"this may cost up to {total:,.2f} USD, more than --max-cost {settings.max_cost:g}; nothing was sent",
@@ -88,8 +91,6 @@ def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Set
         )
 
 
-def _due(run: Run, seal: Seal, settings: Settings) -> int:
-    if settings.only is None and not run.job_path(seal.shard).exists():
-        return seal.requests
+def _due(run: Run, seal: Seal, settings: Settings) -> list[int]:
     found = outcomes.load(run, seal)
-    return len(outcomes.to_send(found, attempts=settings.attempts, retry=settings.retry, only=settings.only))
+    return outcomes.to_send(found, attempts=settings.attempts, retry=settings.retry, only=settings.only)

@@ -25,6 +25,11 @@ class Key:
         """`text` without this key, and without what looks like one."""
         return _LIKE_A_KEY.sub(HIDDEN, text.replace(self.value, HIDDEN))
 
+    def hide_bytes(self, data: bytes) -> bytes:
+        """`data`, mostly without a copy, without this key."""
+        key = self.value.encode()
+        return data.replace(key, HIDDEN.encode()) if key in data else data
+
     def __repr__(self) -> str:
         return f"Key({self.name!r})"
 

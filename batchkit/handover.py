@@ -32,7 +32,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user wants. `sends` False: nothing new is created, what is under way is watched and collected.
+    """What the user wants. `sends` False: nothing new is created, what is under way is cancelled and collected.
 
     `limit` bounds the requests that are sent now, `max_active` the batches under way, `max_enqueued_tokens` their
     estimated input tokens, `max_cost` the dollars that all attempts of the run may cost. `only` these positions are

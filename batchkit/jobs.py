@@ -32,7 +32,10 @@ class Remote(msgspec.Struct, kw_only=True):
     requests. `tag` marks all that the attempt makes there. `creates` counts the create calls that were begun; `past`
     are batches of this attempt that ended before anything was run. `state` is the provider's own word, `since` the time
     of the last change of ours. `input_tokens` and `usd` are the estimates that `--max-enqueued-tokens` and `--max-cost`
-    go by, None where unknown. `files` are the provider's result files, `deleted` says that all files are gone there.
+    go by, None where unknown.
+    `files` are the provider's result files, `deleted` says that all files are gone there. `host` is the name of a
+    preset. `trouble` says why a batch that has ended cannot be collected whole: it is looked at again in each submit,
+    until it can be, or the user gives it up.
     """
 
     base_url: str
@@ -49,6 +52,8 @@ class Remote(msgspec.Struct, kw_only=True):
     usd: float | None = None
     files: list[str] = []
     deleted: bool = False
+    host: str | None = None
+    trouble: str | None = None
 
 
 class Attempt(msgspec.Struct, kw_only=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -48,7 +49,10 @@ def hold(run: Path, name: str) -> Iterator[None]:
         ) from exc
     except OSError as exc:
         raise StorageError(
-            f"{folder}: cannot be locked: {exc.strerror or exc}", hint="check who may write to the run directory"
+            f"{folder}: cannot be locked: {exc.strerror or exc}",
+            hint="ulimit -n 4096 allows more open files"
+            if exc.errno == errno.EMFILE
+            else "check who may write to the run directory",
         ) from exc
     try:
         with write_whole(info) as stream:

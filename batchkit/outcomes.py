@@ -186,6 +186,8 @@ def _attempts_of_rows(attempts: list[Attempt], seal: Seal) -> tuple[list[int], l
     for attempt in sorted(attempts, key=lambda attempt: attempt.number):
         for start, end in attempt.rows:
             for index in range(max(start, seal.start) - seal.start, min(end, seal.end) - seal.start):
+                if attempt.state == "refused" and last[index]:
+                    continue  # nothing of it was run: what an earlier attempt has said stands
                 last[index] = attempt.number
                 over[index] += attempt.state in TRIED
     return last, over

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from batchkit.errors import ServiceError
 from batchkit.options import PrepareKeywords
 from batchkit.preparation import prepare
 from batchkit.progress import Console, Silent
+from batchkit.runs import Run
 from batchkit.tallies import Report
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def run(
         report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)
     prepared(report)
     check_names(report.names_in_use, prefix)
-    with show("submit") as progress:
+    with show("submit") as progress, _kept() as kept:
         submitted(
             submit(
                 run,
@@ -104,5 +107,20 @@ def run(
                 delete_remote=delete_remote,
             )
         )
+    if kept and not Run.open(run).was_sent():
+        raise kept[0]
     with show("merge") as progress:
-        return merge(run, output=output, parse=parse, prefix=prefix, retry_file=retry_file, progress=progress)
+        summary = merge(run, output=output, parse=parse, prefix=prefix, retry_file=retry_file, progress=progress)
+    if kept:
+        raise kept[0]
+    return summary
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[list[ServiceError]]:
+    """Keeps what a provider refuses until what others have answered is merged."""
+    kept: list[ServiceError] = []
+    try:
+        yield kept
+    except ServiceError as exc:
+        kept.append(exc)

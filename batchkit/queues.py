@@ -34,7 +34,8 @@ class Queue:
         release: Callable[[], None],
     ) -> None:
         self._run = run
-        self._closed = deque(seals)
+        # Shards that the provider refused the last time go last: they must not hold up the others.
+        self._closed = deque(sorted(seals, key=lambda seal: _was_refused(run, seal)))
         self._limits = limits
         self._settings = settings
         self._leases = leases
@@ -94,6 +95,11 @@ class Queue:
         if self._left is not None:
             self._left -= len(parcel.positions)
 
+    def refund(self, requests: int) -> None:
+        """So many were taken and not sent."""
+        if self._left is not None:
+            self._left += requests
+
     def put_back(self, seal: Seal, positions: Sequence[int]) -> None:
         """These requests go next."""
         self._parcels.extendleft(reversed(parcels.cut(self._run, seal, positions, self._limits)))
@@ -114,3 +120,10 @@ class Queue:
     def clear(self) -> None:
         self._parcels.clear()
         self._closed.clear()
+
+
+def _was_refused(run: Run, seal: Seal) -> bool:
+    if not run.job_path(seal.shard).exists():
+        return False
+    attempts = run.job(seal.shard).attempts
+    return bool(attempts) and attempts[-1].state == "refused"

@@ -12,7 +12,8 @@ class SubmitReport(msgspec.Struct, kw_only=True):
     back, `passing` the failures among these that may pass when sent again. `remaining` have no response yet;
     `unanswered` have one that is no answer, or were rejected by `prepare`. `starts` and `deaths` are the engine's.
     Of `remaining`, `in_flight` are at a batch service; `doubtful` names attempts (shard.attempt) that the user has to
-    decide on.
+    decide on, because nobody knows whether they were created, and `troubled` those that cannot be collected whole, with
+    the reason.
     """
 
     sent: int = 0
@@ -25,6 +26,7 @@ class SubmitReport(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
     in_flight: int = 0
     doubtful: list[str] = []
+    troubled: dict[str, str] = {}
 
     @property
     def exit_code(self) -> int:

@@ -16,7 +16,7 @@ from batchkit.batches import Service
 from batchkit.costs import spent_on
 from batchkit.errors import BatchkitError, RunBusyError, ServiceError
 from batchkit.handover import Cost, Settings
-from batchkit.jobs import Remote
+from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
 from batchkit.parcels import Parcel
 from batchkit.progress import BoardRow, Progress
@@ -28,6 +28,9 @@ from batchkit.work import Leases
 
 TOKEN_WAITS = 4
 """So often an attempt that is alone in the queue of tokens waits, before it is cut in two."""
+
+MOST_REFUSALS = 3
+"""So many shards refused, and none accepted: it is not the shards."""
 
 MOST_DOUBTS = 3
 """So many creates in doubt, and none that went through: the provider does not work."""
@@ -47,7 +50,8 @@ class Services:
         service: Service,
         limits: Limits,
         settings: Settings,
-        estimate: Callable[[Seal, int], Cost],
+        host: str | None,
+        estimate: Callable[[Seal, Sequence[int]], Cost],
         leases: Leases,
         report: SubmitReport,
         progress: Progress,
@@ -55,6 +59,7 @@ class Services:
         self._run = run
         self._service = service
         self._settings = settings
+        self._host = host
         self._estimate = estimate
         self._leases = leases
         self._report = report
@@ -63,10 +68,10 @@ class Services:
         self._seals = seals
         self._queue = Queue(run, seals, limits=limits, settings=settings, leases=leases, release=self._release)
         self._watches: dict[str, Watch] = {}
-        self._spent = spent_on(run, seals)
+        self._spent = spent_on(run)
         self._validations: Counter[int] = Counter()
-        self._proven = False
-        self._stopped = not settings.sends
+        self._refusals = 0
+        self._stopped = self._cancelling = not settings.sends
         self._blocked_until = 0.0
         self._cancels = run.last_cancel()
         self.error: BatchkitError | None = None
@@ -84,6 +89,8 @@ class Services:
             if not self._settings.wait or not self._watches:
                 break
             self._sleep()
+        if self._settings.delete_remote:
+            self._delete_leftovers()
         if self.error is not None:
             raise self.error
 
@@ -117,7 +124,7 @@ class Services:
     def _send(self) -> None:
         """Create batches while there is room for more."""
         while self._has_room() and (parcel := self._queue.first()) is not None:
-            estimate = self._estimate(parcel.seal, len(parcel.positions))
+            estimate = self._estimate(parcel.seal, parcel.positions)
             if not self._has_tokens(estimate) or not self._can_pay(estimate):
                 return
             self._queue.remove_first(parcel)
@@ -130,6 +137,7 @@ class Services:
             url=parcel.url,
             input_tokens=estimate.input_tokens,
             usd=estimate.usd,
+            host=self._host,
         )
         tracked = attempts.intend(self._run, parcel.seal, parcel.positions, remote, backend=self._service.name)
         self._spent += estimate.usd or 0.0
@@ -154,7 +162,7 @@ class Services:
 
     def _can_pay(self, estimate: Cost) -> bool:
         most = self._settings.max_cost
-        if most is None or self._spent + (estimate.usd or 0.0) <= most:
+        if most is None or (estimate.usd is not None and self._spent + estimate.usd <= most):
             return True
         self._stop(
             ServiceError(
@@ -174,15 +182,23 @@ class Services:
                 self._look_at(name, watch)
 
     def _look_at(self, name: str, watch: Watch) -> None:
-        may_create = not self._stopped and time.monotonic() >= self._blocked_until
-        event = self._clerk.look(watch, may_create=may_create)
-        if watch.batch is not None and watch.batch.state not in ("validating", "failed"):
-            self._proven = True
+        if self._cancelling and watch.tracked.attempt.state == "running" and not watch.cancel_sent:
+            self._clerk.cancel(watch)
+        event = self._clerk.look(watch, may_create=self._may_create)
+        if watch.batch is not None and watch.batch.completed:
+            self._clerk.proven = True
         if event is not None:
             if event.kind != "tokens":
                 del self._watches[name]
             self._handle(watch, event)
             self._release()
+
+    def _may_create(self) -> bool:
+        """Looked at right before each step: an upload takes time, and a cancel may come."""
+        return not self._stopped and time.monotonic() >= self._blocked_until and not self._is_cancelled()
+
+    def _is_cancelled(self) -> bool:
+        return self._run.last_cancel() != self._cancels
 
     def _handle(self, watch: Watch, event: Event) -> None:
         tracked = watch.tracked
@@ -194,21 +210,43 @@ class Services:
             self._set_aside(tracked, event)
         elif event.kind == "doubtful":
             self._doubtful(tracked)
-        elif event.kind == "refused" and event.too_large and len(tracked.positions) > 1:
+        elif event.kind == "trouble":
+            self._report.troubled[tracked.name] = event.message
+        elif event.too_large and len(tracked.positions) > 1:
             self._shrink(tracked, event)
-        elif event.kind == "refused":
-            self._spent -= tracked.remote.usd or 0.0
-            self._stop(ServiceError(f"{tracked.label}: refused by the provider: {event.message}", hint=REFUSED_HINT))
-        elif event.kind == "gone":
-            self.error = self.error or ServiceError(
-                f"{tracked.label}: {event.message}",
-                hint="is it the same account and the same --base-url that the batch was created with?",
-            )
+        elif event.too_large:
+            self._fail_alone(tracked, event)
+        else:
+            self._refused(tracked, event)
+
+    def _refused(self, tracked: Tracked, event: Event) -> None:
+        """Nothing of it was run. The others go on, unless the provider takes none of them."""
+        self._unsend(tracked)
+        error = ServiceError(f"{tracked.label}: refused by the provider: {event.message}", hint=REFUSED_HINT)
+        self._refusals += 1
+        if self._clerk.proven or self._refusals < MOST_REFUSALS:
+            self._progress.say(error.message)
+            self.error = self.error or error
+        else:
+            self._stop(error)
+
+    def _fail_alone(self, tracked: Tracked, event: Event) -> None:
+        """A single request that is larger than the provider takes."""
+        reasons = {tracked.positions[0]: f"refused by the provider: {event.message}"}
+        attempts.fail(self._run, tracked, reasons, code="too_large")
+        self._report.responses += 1
+        self._progress.say(f"{tracked.label}: a request is too large for the provider: {event.message}")
+
+    def _unsend(self, tracked: Tracked) -> None:
+        """It was counted as sent, and nothing of it was run."""
+        self._spent -= tracked.remote.usd or 0.0
+        self._report.sent = max(0, self._report.sent - len(tracked.positions))
+        self._queue.refund(len(tracked.positions))
 
     def _doubtful(self, tracked: Tracked) -> None:
         self._report.doubtful.append(tracked.name)
         self._doubts += 1
-        if self._doubts >= MOST_DOUBTS and not self._proven:
+        if self._doubts >= MOST_DOUBTS and not self._clerk.proven:
             self._stop(
                 ServiceError(
                     f"{self._doubts} batches in a row could not be created for certain",
@@ -225,9 +263,7 @@ class Services:
         self._report.responses += gathered.responses
         self._report.passing += gathered.passing
         self._progress.update(len(tracked.positions))
-        if event.message:
-            self._progress.say(f"{tracked.label}: {event.message}; the rest of its rows is missing")
-        elif self._settings.delete_remote:
+        if self._settings.delete_remote:
             self._clerk.delete_remote(tracked)
         if batch.phase == "cancelled":
             self._progress.say(f"{tracked.label}: the batch was cancelled; submit again sends what it has not run")
@@ -244,20 +280,24 @@ class Services:
     def _set_aside(self, tracked: Tracked, event: Event) -> None:
         """The provider found fault with some lines: the others go again, unless it finds fault without end."""
         shard, named = tracked.seal.shard, set(event.named)
-        self._spent -= tracked.remote.usd or 0.0
+        self._unsend(tracked)
         self._report.responses += len(named)
-        self._progress.say(
-            f"{tracked.label}: {len(named):,} requests failed the provider's validation: {event.message}"
-        )
+        self._progress.say(f"{tracked.label}: the provider's validation refused {len(named):,}: {event.message}")
         self._validations[shard] += 1
-        rest = [position for position in tracked.positions if position not in named]
-        all_of_many = not rest and len(named) > 1 and not self._proven
-        if not named or all_of_many or self._validations[shard] > self._settings.attempts:
-            self._stop(ServiceError(f"{tracked.label}: refused by the provider: {event.message}", hint=REFUSED_HINT))
-        self._queue.put_back(tracked.seal, rest)
+        if self._validations[shard] > self._settings.attempts:
+            self.error = self.error or ServiceError(
+                f"{tracked.label}: the provider finds fault again and again: {event.message}", hint=REFUSED_HINT
+            )
+            return
+        self._queue.put_back(tracked.seal, [position for position in tracked.positions if position not in named])
 
     def _wait_for_tokens(self, watch: Watch, event: Event) -> None:
         tracked = watch.tracked
+        if self._stopped:
+            del self._watches[tracked.name]
+            self._unsend(tracked)
+            self._clerk.withdraw(tracked, "nothing more was to be sent")
+            return
         alone = not any(other.counts for other in self._watches.values())
         if alone and watch.token_waits >= TOKEN_WAITS and len(tracked.positions) > 1:
             del self._watches[tracked.name]
@@ -274,11 +314,11 @@ class Services:
         """The file was too large for the provider, whatever it documents: this one and all that follow are halved."""
         size = self._queue.shrink(tracked.seal, tracked.positions)
         self._progress.say(f"{tracked.label}: {event.message}; files are cut to {size / 1e6:,.1f} MB")
-        self._spent -= tracked.remote.usd or 0.0
+        self._unsend(tracked)
         self._queue.put_back(tracked.seal, tracked.positions)
 
     def _cut_in_two(self, tracked: Tracked) -> None:
-        self._spent -= tracked.remote.usd or 0.0
+        self._unsend(tracked)
         middle = len(tracked.positions) // 2
         for part in (tracked.positions[middle:], tracked.positions[:middle]):
             self._queue.put_back(tracked.seal, part)
@@ -295,9 +335,11 @@ class Services:
         self._drop_unsent("nothing more was to be sent")
 
     def _notice_cancel(self) -> None:
-        if self._run.last_cancel() != self._cancels:
+        if self._is_cancelled():
             self._cancels = self._run.last_cancel()
-            self._stopped = True
+            self._stopped = self._cancelling = True
+            for watch in self._watches.values():
+                watch.next_look = 0.0
             self._progress.say("cancelled: nothing new is sent, what is finished is collected")
             self._drop_unsent("cancelled before its batch was created")
 
@@ -305,10 +347,29 @@ class Services:
         for name, watch in list(self._watches.items()):
             if not watch.is_created:
                 del self._watches[name]
-                self._spent -= watch.tracked.remote.usd or 0.0
+                self._unsend(watch.tracked)
                 self._clerk.withdraw(watch.tracked, why)
         self._queue.clear()
         self._release()
+
+    def _delete_leftovers(self) -> None:
+        """Remove the provider's files of attempts that are over, also those of processes that were killed."""
+        for seal in self._seals:
+            over = [attempt for attempt in self._run.job(seal.shard).attempts if self._has_files(attempt)]
+            if over and self._leases.try_hold(seal.shard):
+                for attempt in over:
+                    self._clerk.delete_remote(Tracked(seal=seal, attempt=attempt, positions=[]))
+        self._release()
+
+    def _has_files(self, attempt: Attempt) -> bool:
+        remote = attempt.remote
+        return (
+            remote is not None
+            and not remote.deleted
+            and attempt.state in OVER
+            and bool(remote.file_id or remote.files)
+            and (attempt.backend, remote.base_url) == (self._service.name, self._service.base_url)
+        )
 
     def _release(self) -> None:
         busy = {watch.tracked.seal.shard for watch in self._watches.values()}
@@ -322,7 +383,7 @@ class Services:
             end = min(end, self._blocked_until)
         while (rest := end - time.monotonic()) > 0:
             time.sleep(min(rest, SLICE_SECONDS))
-            if self._run.last_cancel() != self._cancels:
+            if self._is_cancelled():
                 return
 
 

@@ -113,7 +113,8 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     except OSError as exc:
         raise StorageError(f"{target}: cannot be written: {exc.strerror or exc}", hint=_disk_hint(exc)) from exc
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that is read-only now must not hide the reason
+            aside.unlink(missing_ok=True)
 
 
 def _disk_hint(exc: OSError) -> str | None:

@@ -25,6 +25,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     host: Host | None = None
     window: str | None = None
     prices: str | None = None
+    host_name: str | None = None
 
 
 def choose(
@@ -42,9 +43,11 @@ def choose(
     """
     last = last_remote(run, backend) if host is None else None
     if last is not None:
-        base_url, key_env = base_url or last.base_url, key_env or last.key_env
+        base_url, key_env, host = base_url or last.base_url, key_env or last.key_env, last.host
     if base_url is not None and not base_url.startswith(("http://", "https://")):
         raise UsageError(f"--base-url {base_url}: not a URL", hint="--base-url https://HOST/v1")
+    if base_url is not None and "@" in base_url.partition("://")[2].partition("/")[0]:
+        raise UsageError("--base-url has a password in it", hint="keys go into a variable: --api-key-env names it")
     if backend == "gemini":
         return Target(
             backend=backend,
@@ -68,6 +71,7 @@ def choose(
         key_names=(key_env or entry.key_env,),
         limits=entry.limits,
         host=entry,
+        host_name=name,
         window=window,
         prices=entry.prices,
     )
@@ -103,11 +107,11 @@ def connect(target: Target) -> tuple[Service, str]:
     try:
         service.check_key()
     except PassingError as exc:
-        raise unreachable(target, exc) from exc
+        raise unreachable(target, exc) from None
     except RefusedError as exc:
         raise ServiceError(
             f"{target.base_url} is no batch service: {exc}", hint="check --base-url: it ends with the version, as /v1"
-        ) from exc
+        ) from None
     return service, key.name
 
 

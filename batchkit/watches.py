@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -24,15 +25,15 @@ LONGEST_PAUSE = 300.0
 ADOPT_LOOKS = 4
 """A process that starts late looks for a batch several times, too, before it calls it doubtful."""
 
-EventKind = Literal["collected", "tokens", "set-aside", "refused", "gone", "doubtful", "unsent"]
+EventKind = Literal["collected", "tokens", "set-aside", "refused", "trouble", "doubtful"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """What became of an attempt that needs no more looks (after `tokens` it does, later).
 
     `collected`: over, with what came back. `tokens`: it waits for its turn. `set-aside`: it failed validation, `named`
-    are the positions at fault. `refused`: the provider will not do it, `message` says why. `gone`: the provider does
-    not know it any more. `doubtful`: nobody knows whether it was created. `unsent`: withdrawn before it was created.
+    are the positions at fault. `refused`: the provider will not do it, `message` says why. `trouble`: it has
+    ended, and cannot be collected whole now. `doubtful`: nobody knows whether it was created.
     """
 
     kind: EventKind
@@ -51,7 +52,12 @@ class Watch(msgspec.Struct, kw_only=True):
     batch: Batch | None = None
     troubles: int = 0
     looks: int = 0
-    token_waits: int = 0
+    cancel_sent: bool = False
+
+    @property
+    def token_waits(self) -> int:
+        """How often it failed because too many tokens were enqueued, in earlier processes, too."""
+        return len(self.tracked.remote.past)
 
     @property
     def is_created(self) -> bool:
@@ -76,15 +82,16 @@ class Clerk:
         self._service = service
         self._pace = pace
         self._progress = progress
+        self.proven = False
 
-    def look(self, watch: Watch, *, may_create: bool) -> Event | None:
-        """Do what can be done now. `may_create`: a new batch may be created."""
+    def look(self, watch: Watch, *, may_create: Callable[[], bool]) -> Event | None:
+        """Do what can be done now. `may_create` is asked right before each step towards a new batch."""
         state, created = watch.tracked.attempt.state, watch.is_created
         try:
-            if state == "intended" and may_create:
+            if state == "intended" and may_create():
                 attempts.upload(self._run, watch.tracked, self._service)
                 state = "uploaded"
-            if state == "uploaded" and may_create:
+            if state == "uploaded" and may_create():
                 event = self._create(watch)
             elif state in ("creating", "doubtful"):
                 event = self._look_for(watch)
@@ -128,7 +135,12 @@ class Clerk:
 
     def _look_for(self, watch: Watch) -> Event | None:
         tracked = watch.tracked
-        batch = self._service.find(attempts.order_of(self._run, tracked))
+        try:
+            batch = self._service.find(attempts.order_of(self._run, tracked))
+        except PassingError:
+            if _age(tracked) <= ADOPT_LOOKS * self._pace.adopt:
+                raise
+            batch = None  # a list that is never readable must not hold up all the others
         if batch is not None:
             attempts.begin(self._run, tracked, batch)
             self._progress.say(f"{tracked.label}: found batch {batch.id} at the provider, and adopted it")
@@ -147,7 +159,7 @@ class Clerk:
     def _refused(self, watch: Watch, exc: RefusedError, *, created: bool) -> Event:
         """Before it is created that is the end of it; later, what may run at the provider stays as it is."""
         if created:
-            return Event(kind="gone", message=str(exc))
+            return self._trouble(watch, str(exc))
         attempts.save(self._run, watch.tracked, "refused", message=str(exc))
         return Event(kind="refused", message=str(exc), too_large=exc.too_large)
 
@@ -173,9 +185,10 @@ class Clerk:
             tracked.remote.past.append(batch.id)
             tracked.remote.batch_id = tracked.remote.state = None
             attempts.save(self._run, tracked, "uploaded", message=batch.faults[0].message)
-            watch.token_waits += 1
             return Event(kind="tokens", batch=batch, message=batch.faults[0].message)
-        if any(fault.line is not None for fault in batch.faults):
+        lines = {fault.line for fault in batch.faults if fault.line is not None}
+        # A fault of every line is the file's (a wrong model, say), as long as no other batch was accepted.
+        if lines and (self.proven or len(lines) < len(tracked.positions) or len(tracked.positions) == 1):
             named = attempts.set_aside(self._run, tracked, batch)
             return Event(kind="set-aside", batch=batch, named=named, message=batch.faults[0].message)
         message = "; ".join(fault.message for fault in batch.faults[:3]) or "the provider gives no reason"
@@ -185,17 +198,36 @@ class Clerk:
 
     def _collect(self, watch: Watch, batch: Batch) -> Event | None:
         tracked = watch.tracked
-        patient = tracked.remote.state != batch.state or _age(tracked) <= self._pace.settle
         try:
-            gathered = attempts.collect(self._run, tracked, self._service, batch, complete=patient)
+            gathered = attempts.collect(self._run, tracked, self._service, batch)
         except ShortError as exc:
-            if tracked.remote.state != batch.state:  # its age counts from here
+            first = tracked.remote.state != batch.state
+            if first:  # its age counts from here
                 tracked.remote.state = batch.state
                 attempts.save(self._run, tracked, "running", message=str(exc))
+            if tracked.remote.trouble or (not first and _age(tracked) > self._pace.settle):
+                return self._trouble(watch, str(exc))
+            if first:
                 self._progress.say(f"{tracked.label}: {exc}; its files are looked at again")
             self._later(watch)
             return None
-        return Event(kind="collected", batch=batch, gathered=gathered, message=tracked.attempt.message or "")
+        return Event(kind="collected", batch=batch, gathered=gathered)
+
+    def _trouble(self, watch: Watch, message: str) -> Event:
+        """It has ended or is gone, and what it owes cannot be had now: another submit looks again, the user decides."""
+        remote = watch.tracked.remote
+        if remote.trouble != message:
+            remote.trouble = message
+            attempts.save(self._run, watch.tracked, watch.tracked.attempt.state, message=message)
+        return Event(kind="trouble", message=message)
+
+    def cancel(self, watch: Watch) -> None:
+        """Have the provider end a batch that runs."""
+        watch.cancel_sent = True
+        try:
+            self._service.cancel(watch.tracked.remote.batch_id or "")
+        except (PassingError, RefusedError) as exc:  # it may have ended by itself
+            self._progress.say(f"{watch.tracked.label}: {exc}")
 
     # -- the end
 
@@ -206,19 +238,18 @@ class Clerk:
             for file_id in [remote.file_id, *remote.files]:
                 if file_id:
                     self._service.delete(file_id)
-        except (PassingError, RefusedError) as exc:
+        except (PassingError, RefusedError, CredentialsError) as exc:
             self._progress.say(f"{tracked.label}: its files could not be removed: {exc}")
             return
         remote.deleted = True
         attempts.save(self._run, tracked, tracked.attempt.state, message=tracked.attempt.message)
 
-    def withdraw(self, tracked: Tracked, why: str) -> Event:
+    def withdraw(self, tracked: Tracked, why: str) -> None:
         """Give up an attempt that was not created; its upload is removed where that is easy."""
-        with contextlib.suppress(PassingError, RefusedError):
+        with contextlib.suppress(PassingError, RefusedError, CredentialsError):
             if tracked.remote.file_id:
                 self._service.delete(tracked.remote.file_id)
         attempts.save(self._run, tracked, "refused", message=why)
-        return Event(kind="unsent", message=why)
 
 
 def _age(tracked: Tracked) -> float:

@@ -139,6 +139,10 @@ class Provider:
         self.polls = 1
         self.list_lag = 0
         self.late_files = 0
+        self.keeps_metadata = True
+        self.counts = True
+        self.page = 1000
+        self.short_uploads = 0
         self.changes: deque[Callable[[list[bytes]], list[bytes]]] = deque()
         self.answer: Callable[[str, str, int], tuple[int, str]] = lambda custom_id, question, tries: (
             200,
@@ -382,7 +386,11 @@ class _Handler(BaseHTTPRequestHandler):
             file = {"name": f"files/{file_id}", "sizeBytes": str(len(body))}
             self.send_json({"file": file}, 200, {"x-goog-upload-status": "final"})
         else:
-            self.send_json({"id": file_id, "object": "file", "bytes": len(body), "filename": name, "purpose": "batch"})
+            size = len(body)
+            if self.provider.short_uploads:
+                self.provider.short_uploads -= 1
+                size //= 2
+            self.send_json({"id": file_id, "object": "file", "bytes": size, "filename": name, "purpose": "batch"})
 
     def _create(self) -> None:
         body = json.loads(self.read_body())
@@ -402,10 +410,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self) -> None:
         with self.provider.lock:
             shown = [self._shown(batch) for batch in self.provider.visible()]
+        query = dict(pair.partition("=")[::2] for pair in self.path.partition("?")[2].split("&"))
+        size = self.provider.page
         if self._gemini:
-            self.send_json({"operations": shown})
+            start = int(query.get("pageToken") or 0)
+            more = {"nextPageToken": str(start + size)} if start + size < len(shown) else {}
+            self.send_json({"operations": shown[start : start + size], **more})
         else:
-            self.send_json({"object": "list", "data": shown, "has_more": False})
+            ids = [batch["id"] for batch in shown]
+            start = ids.index(query["after"]) + 1 if "after" in query else 0
+            page = shown[start : start + size]
+            self.send_json({"object": "list", "data": page, "has_more": start + size < len(shown)})
 
     def _check(self, batch_id: str) -> None:
         with self.provider.lock:
@@ -438,6 +453,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = ended and batch["late"] == 0
         if self._gemini:
             return _gemini_batch(batch, state, files=files)
+        counts = {name: batch[name] if ended or name == "total" else 0 for name in ("total", "completed", "failed")}
         errors: list[dict[str, Any]] = []
         if ended and batch["ending"] == "token-limit":
             errors = [{"code": "token_limit_exceeded", "message": ENQUEUED, "param": None, "line": None}]
@@ -451,9 +467,9 @@ class _Handler(BaseHTTPRequestHandler):
             "id": batch["id"], "object": "batch", "endpoint": batch["endpoint"], "input_file_id": batch["file"],
             "completion_window": "24h", "status": state, "created_at": int(batch["created"]),
             "output_file_id": batch["output"] if files else None, "error_file_id": batch["errors"] if files else "",
-            "errors": {"object": "list", "data": errors} if errors else None, "metadata": batch["metadata"],
-            "request_counts": {"total": batch["total"], "completed": batch["completed"] if ended else 0,
-                               "failed": batch["failed"] if ended else 0},
+            "errors": {"object": "list", "data": errors} if errors else None,
+            "metadata": batch["metadata"] if self.provider.keeps_metadata else None,
+            "request_counts": counts if self.provider.counts else None,
         }  # fmt: skip
 
 

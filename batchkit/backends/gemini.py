@@ -8,10 +8,13 @@ job counts and why it failed, so the JSON of each answer is read off the wire. S
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from batchkit import calls, gemini_requests, gemini_responses
 from batchkit.batches import Batch, DoubtfulError, Fault, Order, PassingError, Phase, RefusedError
@@ -57,7 +60,7 @@ class GeminiBatches:
         import httpx
         from google.genai import types
 
-        http = httpx.Client(timeout=TIMEOUT, follow_redirects=True, event_hooks={"response": [self._remember]})
+        http = httpx.Client(timeout=TIMEOUT, follow_redirects=False, event_hooks={"response": [self._remember]})
         return types.HttpOptions(
             base_url=self.base_url,
             api_version=API_VERSION,
@@ -76,7 +79,7 @@ class GeminiBatches:
                 self._seen = value if isinstance(value, dict) else {}
 
     def check_key(self) -> None:
-        with self._translated("asking for the list of batches"):
+        with self._translated("asking for the list of batches", checking=True):
             self._client.batches.list(config={"page_size": 1})
 
     def request(self, line: bytes) -> bytes:
@@ -86,7 +89,13 @@ class GeminiBatches:
             raise RefusedError(f"a request cannot be put to Gemini: {exc.message}") from exc
 
     def response(self, line: bytes) -> bytes:
-        return gemini_responses.translate(line)
+        return self._key.hide_bytes(gemini_responses.translate(line))
+
+    def _read(self) -> Batch:
+        """The batch of the last answer. Raises `ValueError` where that is none."""
+        batch = _batch(self._seen)
+        faults = (msgspec.structs.replace(fault, message=self._key.hide(fault.message)) for fault in batch.faults)
+        return msgspec.structs.replace(batch, faults=tuple(faults))
 
     def upload(self, path: Path, name: str) -> str:
         with self._translated("uploading"):
@@ -103,11 +112,11 @@ class GeminiBatches:
                 self._once.batches.create(
                     model=order.model, src=order.file_id, config={"display_name": _display_name(order)}
                 )
-                return _batch(self._seen)
+                return self._read()
         except (DoubtfulError, PassingError, RefusedError, CredentialsError):
             raise
-        except Exception as exc:  # an answer that cannot be read: it may be the answer to a batch that was created
-            raise DoubtfulError(self._key.hide(f"{type(exc).__name__}: {exc}")) from exc
+        except Exception as exc:  # noqa: BLE001  # an answer that cannot be read: the batch may have been created
+            raise DoubtfulError(self._key.hide(f"{type(exc).__name__}: {exc}")) from None
 
     def find(self, order: Order) -> Batch | None:
         wanted = _display_name(order)
@@ -123,7 +132,7 @@ class GeminiBatches:
     def check(self, batch_id: str) -> Batch:
         with self._translated(f"asking for batch {batch_id}"):
             self._client.batches.get(name=batch_id)
-            return _batch(self._seen)
+            return self._read()
 
     def download(self, file_id: str, path: Path, *, alive: Callable[[int], None]) -> None:
         with self._translated(f"downloading {file_id}"), calls.storing(path), open(path, "wb") as stream:
@@ -145,8 +154,8 @@ class GeminiBatches:
                     raise
 
     @contextlib.contextmanager
-    def _translated(self, doing: str, *, creating: bool = False) -> Iterator[None]:
-        """Turn the SDK's exceptions, and those that it lets through, into ours."""
+    def _translated(self, doing: str, *, creating: bool = False, checking: bool = False) -> Iterator[None]:
+        """Turn the SDK's exceptions, and those that it lets through, into ours; `from None`: theirs quote keys."""
         from google.genai import errors
 
         try:
@@ -154,23 +163,29 @@ class GeminiBatches:
                 warnings.simplefilter("ignore", UserWarning)  # of states that the SDK does not know, and we do
                 yield
         except errors.APIError as exc:
-            raise self._judged(exc, doing, creating=creating) from exc
-        except (ValueError, KeyError) as exc:  # half an answer, or a page of some other server
+            raise self._judged(exc, doing, creating=creating, checking=checking) from None
+        except (
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+        ) as exc:  # half an answer, or a page of some other server
             if creating:
                 raise
-            raise PassingError(self._key.hide(f"{doing}: the answer cannot be read: {exc}")) from exc
+            raise PassingError(self._key.hide(f"{doing}: the answer cannot be read: {exc}")) from None
         except Exception as exc:
             if not calls.is_of_network(exc):
                 raise
             message = self._key.hide(f"{doing}: {type(exc).__name__}: {exc}")
             if creating and not calls.was_never_sent(exc):
-                raise DoubtfulError(message) from exc
-            raise PassingError(message) from exc
+                raise DoubtfulError(message) from None
+            raise PassingError(message) from None
 
-    def _judged(self, exc: Any, doing: str, *, creating: bool) -> Exception:
+    def _judged(self, exc: Any, doing: str, *, creating: bool, checking: bool) -> Exception:
         code, said = int(exc.code or 0), str(exc.message or exc.status or exc)[:1000]
         message = self._key.hide(f"{doing}: status {code}: {said}")
-        if code in (401, 403) or (code == 400 and "api key" in said.lower()):
+        # 403 is also said of a file that is gone; of everything it is the key's fault.
+        if code == 401 or (code == 403 and checking) or (code == 400 and "api key" in said.lower()):
             return CredentialsError(
                 f"{self.base_url} does not take the key in {self._key.name}: {self._key.hide(said)}",
                 hint=f"put a valid key into {self._key.name}, in the environment or in .env, and run the same again",
@@ -200,18 +215,25 @@ def _batch(fields: dict[str, Any]) -> Batch:
     stats = meta.get("batchStats")
     stats = stats if isinstance(stats, dict) else {}
     files = _files(fields, meta)
-    told = bool(files) or phase == "running"  # a job that expired has counts, and nothing to show for them
+    lost = phase == "expired" and not files  # such a job has counts, and nothing to show for them
     return Batch(
         id=name,
         phase=phase,
         state=state.lower(),
         total=_count(stats.get("requestCount")),
-        completed=_count(stats.get("successfulRequestCount")) if told else None,
-        failed=_count(stats.get("failedRequestCount")) if told else None,
+        completed=0 if lost else _count(stats.get("successfulRequestCount")),
+        failed=0 if lost else _count(stats.get("failedRequestCount")),
         files=files,
         faults=tuple(_faults(fields.get("error") or meta.get("error"))),
         partial=state == "PARTIALLY_SUCCEEDED",
+        tag=_tag(meta.get("displayName")),
     )
+
+
+def _tag(display_name: Any) -> str | None:
+    """The tag in a display name of ours."""
+    found = re.fullmatch(r"batchkit-\d+-\d+-(.+)", display_name) if isinstance(display_name, str) else None
+    return found[1] if found else None
 
 
 def _files(fields: dict[str, Any], meta: dict[str, Any]) -> tuple[str, ...]:

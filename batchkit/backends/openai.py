@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from batchkit import calls
 from batchkit.batches import Batch, DoubtfulError, Fault, Order, PassingError, Phase, RefusedError
 from batchkit.credentials import Key
@@ -36,6 +38,10 @@ _PHASES: dict[str, Phase] = {
 }
 
 
+_OUT_OF_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+"""With status 429, and not to be waited for."""
+
+
 class OpenAIBatches:
     """The batch service of one host under one key."""
 
@@ -51,14 +57,22 @@ class OpenAIBatches:
         self._client = openai.OpenAI(api_key=key.value, base_url=base_url, max_retries=RETRIES, timeout=TIMEOUT)
 
     def check_key(self) -> None:
-        with self._translated("asking for the list of batches"):
-            self._client.batches.with_raw_response.list(limit=1)
+        with self._translated("asking for the list of batches", checking=True):
+            page = _json(self._client.batches.with_raw_response.list(limit=1))
+        if not isinstance(page.get("data"), list):
+            raise RefusedError("its answer is no list of batches")
 
     def request(self, line: bytes) -> bytes:
         return line
 
     def response(self, line: bytes) -> bytes:
-        return line
+        return self._key.hide_bytes(line)
+
+    def _read(self, fields: dict[str, Any]) -> Batch:
+        """A batch, whose reasons for failing do not quote the key. Raises `ValueError` where it has no id."""
+        batch = _batch(fields)
+        faults = (msgspec.structs.replace(fault, message=self._key.hide(fault.message)) for fault in batch.faults)
+        return msgspec.structs.replace(batch, faults=tuple(faults))
 
     def upload(self, path: Path, name: str) -> str:
         purpose: Any = self._host.purpose
@@ -85,11 +99,11 @@ class OpenAIBatches:
                     completion_window=window,
                     metadata={**order.labels, TAG: order.tag},
                 )
-                return _batch(_json(raw))
+                return self._read(_json(raw))
         except (DoubtfulError, PassingError, RefusedError, CredentialsError):
             raise
-        except Exception as exc:  # an answer that cannot be read: it may be the answer to a batch that was created
-            raise DoubtfulError(self._key.hide(f"{type(exc).__name__}: {exc}")) from exc
+        except Exception as exc:  # noqa: BLE001  # an answer that cannot be read: the batch may have been created
+            raise DoubtfulError(self._key.hide(f"{type(exc).__name__}: {exc}")) from None
 
     def find(self, order: Order) -> Batch | None:
         for found in self._listed(order.since - CLOCK_SKEW):
@@ -100,7 +114,7 @@ class OpenAIBatches:
             # By its file only where the host has not kept the tag: the file may have been used twice.
             if tagged == order.tag or (not tagged and found.get("input_file_id") == order.file_id):
                 with contextlib.suppress(ValueError):  # without an id: not to be adopted
-                    return _batch(found)
+                    return self._read(found)
         return None
 
     def _listed(self, since: float) -> Iterator[dict[str, Any]]:
@@ -119,7 +133,7 @@ class OpenAIBatches:
 
     def check(self, batch_id: str) -> Batch:
         with self._translated(f"asking for batch {batch_id}"):
-            return _batch(_json(self._client.batches.with_raw_response.retrieve(batch_id)))
+            return self._read(_json(self._client.batches.with_raw_response.retrieve(batch_id)))
 
     def download(self, file_id: str, path: Path, *, alive: Callable[[int], None]) -> None:
         with (
@@ -151,36 +165,40 @@ class OpenAIBatches:
             self._client.files.with_raw_response.delete(file_id)
 
     @contextlib.contextmanager
-    def _translated(self, doing: str, *, creating: bool = False) -> Iterator[None]:
-        """Turn the SDK's exceptions, and those that it lets through, into ours."""
+    def _translated(self, doing: str, *, creating: bool = False, checking: bool = False) -> Iterator[None]:
+        """Turn the SDK's exceptions, and those that it lets through, into ours; `from None`: theirs quote keys."""
         import openai
 
         try:
             yield
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as exc:
-            raise CredentialsError(
-                f"{self.base_url} does not take the key in {self._key.name}: {self._key.hide(_said(exc))}",
-                hint=f"put a valid key into {self._key.name}, in the environment or in .env, and run the same again",
-            ) from exc
         except openai.APIStatusError as exc:
-            message = self._key.hide(f"{doing}: {_said(exc)}")
-            if creating and (exc.status_code >= 500 or exc.status_code in (408, 409)):
-                raise DoubtfulError(message) from exc
-            if exc.status_code >= 500 or exc.status_code in (408, 409, 429):
-                raise PassingError(message) from exc
-            raise RefusedError(message, too_large=exc.status_code == 413) from exc
+            raise self._judged(exc, doing, creating=creating, checking=checking) from None
         except ValueError as exc:  # half an answer, or a page of some other server
             if creating:
                 raise
-            raise PassingError(self._key.hide(f"{doing}: the answer cannot be read: {exc}")) from exc
+            raise PassingError(self._key.hide(f"{doing}: the answer cannot be read: {exc}")) from None
         except Exception as exc:
             cause = exc.__cause__ if isinstance(exc, openai.APIConnectionError) and exc.__cause__ else exc
             if not calls.is_of_network(cause) and not isinstance(exc, openai.APIConnectionError):
                 raise
             message = self._key.hide(f"{doing}: {type(cause).__name__}: {cause or exc}")
             if creating and not calls.was_never_sent(cause):
-                raise DoubtfulError(message) from exc
-            raise PassingError(message) from exc
+                raise DoubtfulError(message) from None
+            raise PassingError(message) from None
+
+    def _judged(self, exc: Any, doing: str, *, creating: bool, checking: bool) -> Exception:
+        status, message = exc.status_code, self._key.hide(f"{doing}: {_said(exc)}")
+        # 403 is also said of a single file or batch; of everything it is the key's fault.
+        if status == 401 or (status == 403 and checking):
+            return CredentialsError(
+                f"{self.base_url} does not take the key in {self._key.name}: {self._key.hide(_said(exc))}",
+                hint=f"put a valid key into {self._key.name}, in the environment or in .env, and run the same again",
+            )
+        if creating and (status >= 500 or status in (408, 409)):
+            return DoubtfulError(message)
+        if status >= 500 or (status in (408, 409, 429) and exc.code not in _OUT_OF_MONEY):
+            return PassingError(message)
+        return RefusedError(message, too_large=status == 413)
 
 
 def _said(exc: Any) -> str:
@@ -192,8 +210,10 @@ def _said(exc: Any) -> str:
 
 
 def _json(raw: Any) -> dict[str, Any]:
-    """The answer's object. Raises `ValueError` where it is none."""
+    """The answer's object. Raises `ValueError` where it is none; a bare list counts as a page of one."""
     value = raw.http_response.json()
+    if isinstance(value, list):
+        return {"data": value}
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     return value
@@ -220,6 +240,8 @@ def _batch(fields: dict[str, Any]) -> Batch:
         failed=_count(counts.get("failed")),
         tokens=_count(usage.get("total_tokens")) if isinstance(usage, dict) else None,
         files=tuple(file_id for file_id in files if isinstance(file_id, str) and file_id),
+        tag=_text(metadata.get(TAG)) if isinstance(metadata := fields.get("metadata"), dict) else None,
+        file_id=_text(fields.get("input_file_id")),
         faults=tuple(_faults(fields.get("errors"))),
     )
 
@@ -234,6 +256,10 @@ def _faults(errors: Any) -> Iterator[Fault]:
                 message=str(entry.get("message") or code or "no reason was given"),
                 line=line if isinstance(line, int) and not isinstance(line, bool) else None,
             )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _count(value: Any) -> int | None:

@@ -1,0 +1,167 @@
+"""Requests a second against a loopback server: `submit --backend server` beside the OpenAI SDK's async client.
+
+Both read the same run of requests (100 KB each, an image inline), keep the same number under way, and write every
+response to a file; the rounds take turns. The server is a process of its own that answers at once. Prints requests a
+second, and requests a second of CPU time of the client, which is what a core can do.
+
+    python benchmarks/live_client.py --requests 2000 --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from batchkit.runs import Run
+
+ANSWER = json.dumps({
+    "id": "c", "object": "chat.completion", "created": 1, "model": "m",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11},
+}).encode()  # fmt: skip
+CONCURRENCY = 32
+
+
+class Stub(asyncio.Protocol):
+    """Reads requests by their content-length, and answers each with the same 200."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._head = b""
+        self._left = 0
+
+    def data_received(self, data: bytes) -> None:
+        while data:
+            if self._left:
+                taken = min(self._left, len(data))
+                self._left -= taken
+                data = data[taken:]
+                if not self._left:
+                    self._answer(ANSWER)
+                continue
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head, data, self._head = self._head[:end].lower(), self._head[end + 4 :], b""
+            if head.startswith(b"get"):
+                self._answer(b'{"data":[{"id":"m"}]}')
+            else:
+                self._left = int(head.partition(b"content-length: ")[2].split(b"\r\n")[0])
+
+    def _answer(self, body: bytes) -> None:
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self._transport.write(head + body)  # type: ignore[attr-defined]
+
+
+async def serve(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", port)
+    await server.serve_forever()
+
+
+async def ask_with_the_sdk(requests: Path, url: str, output: Path) -> None:
+    """The loop that people write: the SDK's async client, a semaphore, a line a response."""
+    import openai
+
+    client = openai.AsyncOpenAI(api_key="none", base_url=url)
+    slots = asyncio.Semaphore(CONCURRENCY)
+    with open(output, "w", encoding="utf-8") as stream:  # noqa: ASYNC230  # the user's loop, as it is
+
+        async def one(line: bytes) -> None:
+            async with slots:
+                request = json.loads(line)
+                answer = await client.chat.completions.create(**request["body"])
+                stream.write(json.dumps({"custom_id": request["custom_id"], "body": answer.model_dump()}) + "\n")
+
+        with open(requests, "rb") as lines:  # noqa: ASYNC230
+            await asyncio.gather(*(one(line) for line in lines))
+
+
+def prepare(folder: Path, count: int) -> Run:
+    import random
+
+    noise = random.Random(1).randbytes(75_000)  # base64 makes 100 KB of it
+    from PIL import Image
+
+    picture = folder / "noise.png"
+    Image.frombytes("RGB", (250, 100), noise).save(picture, compress_level=0)
+    tasks = folder / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"id": n, "image": "noise.png", "question": "?"}) + "\n" for n in range(count)))
+    command = [sys.executable, "-m", "batchkit", "prepare", str(tasks), str(folder / "run"), "--model", "m"]
+    command += ["--backend", "server"]
+    subprocess.run([*command, "--max-requests", str(count)], check=True, stderr=subprocess.DEVNULL)
+    return Run.open(folder / "run")
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Wall and CPU seconds of a process."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--sdk", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(arguments.serve))
+    elif arguments.sdk:
+        requests, url, output = arguments.sdk
+        asyncio.run(ask_with_the_sdk(Path(requests), url, Path(output)))
+    else:
+        compare(arguments.requests, arguments.rounds)
+
+
+def compare(count: int, rounds: int) -> None:
+    port = 20_000 + os.getpid() % 20_000
+    url = f"http://127.0.0.1:{port}/v1"
+    me = [sys.executable, __file__]
+    server = subprocess.Popen([*me, "--serve", str(port)])
+    found: dict[str, list[tuple[float, float]]] = {"OpenAI SDK, async": [], "batchkit": []}
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            run = prepare(folder, count)
+            size = run.requests_path(0).stat().st_size / count
+            for _ in range(rounds):
+                output = folder / "sdk.jsonl"
+                found["OpenAI SDK, async"].append(timed([*me, "--sdk", str(run.requests_path(0)), url, str(output)]))
+                assert len(output.read_bytes().splitlines()) == count
+                for path in [*(run.path / "jobs").iterdir(), *(run.path / "responses").iterdir()]:
+                    path.unlink()
+                command = [sys.executable, "-m", "batchkit", "submit", str(run.path), "--endpoints", url]
+                found["batchkit"].append(timed([*command, "--concurrency", str(CONCURRENCY)]))
+                assert len(run.responses_path(0, 1).read_bytes().splitlines()) == count
+    finally:
+        server.kill()
+    show(found, count, size)
+
+
+def show(found: dict[str, list[tuple[float, float]]], count: int, size: float) -> None:
+    print(f"{count:,} requests of {size / 1000:,.0f} KB, {CONCURRENCY} at a time, medians of {len(found['batchkit'])}")
+    print(f"{'':18} {'requests/s':>11} {'per CPU second':>15}")
+    rates = {}
+    for name, times in found.items():
+        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+        rates[name] = (count / wall, count / cpu)
+        print(f"{name:18} {rates[name][0]:11,.0f} {rates[name][1]:15,.0f}")
+    ours, theirs = rates["batchkit"], rates["OpenAI SDK, async"]
+    print(f"{'ratio':18} {ours[0] / theirs[0]:11.1f} {ours[1] / theirs[1]:15.1f}")
+
+
+if __name__ == "__main__":
+    main()
