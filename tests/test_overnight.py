@@ -159,9 +159,9 @@ def test_keys_and_secrets_appear_in_no_file_and_no_message(tmp_path: Path, provi
         provider.faults["check"].append(fake_provider.status(404, f"not for {key}"))
         call("submit", run, *base, **{name: key})
         provider.faults["create"].append(fake_provider.status(401, f"key {key} was revoked"))
-        call("submit", run, *base, **{name: key})
+        assert call("submit", run, *base, **{name: key}).returncode == 4
         (tmp_path / ".env").write_text(f"{name}={key}\n")
-        assert call("submit", run, *base).returncode == 4
+        assert call("submit", run, *base).returncode == 0
         call("status", run)
         assert call("submit", run, *base, OPENAI_LOG="info").returncode == 0
         call("merge", run)
