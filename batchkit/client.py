@@ -124,6 +124,7 @@ class Client:
         self._say = say
         self._probes: set[asyncio.Task[None]] = set()
         self._next_start = 0.0
+        self._waiting = 0
         self._down_since: float | None = None
 
     async def run(self, source: Iterator[Call], done: Callable[[Reply], None]) -> None:
@@ -140,7 +141,7 @@ class Client:
         self._tokens = AsyncLimiter(pacing.tokens_per_minute, 60) if pacing.tokens_per_minute else None
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
         timeout = aiohttp.ClientTimeout(total=pacing.timeout, connect=30.0)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=True) as session:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=True) as session:
             self._session = session
             try:
                 async with asyncio.TaskGroup() as group:
@@ -158,18 +159,28 @@ class Client:
 
     async def _answer(self, call: Call) -> Reply:
         """The reply after as many tries as it takes; the last one's, where none was a success."""
+        try:
+            return await self._try(call)
+        except _PassingError as exc:
+            return await self._answer_again(call, exc)
+
+    async def _answer_again(self, call: Call, first: _PassingError) -> Reply:
+        """Go on behind the try that has failed with `first`."""
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
-        tries = 0
+        tries, failed = 0, [first]
 
         def over(state: RetryCallState) -> bool:
             return tries >= self._pacing.tries or stop_after_attempt(UNSENT_TRIES)(state)
 
         try:
-            async for attempt in AsyncRetrying(stop=over, wait=_wait, retry=retry_if_exception_type(_PassingError),
-                                               reraise=True):  # fmt: skip
+            async for attempt in AsyncRetrying(
+                stop=over, wait=_wait, retry=retry_if_exception_type(_PassingError), reraise=True
+            ):
                 with attempt:
                     try:
+                        if failed:
+                            raise failed.pop()
                         return msgspec.structs.replace(await self._try(call), tries=tries + 1)
                     except _PassingError as exc:
                         tries += exc.sent
@@ -185,8 +196,9 @@ class Client:
             return await self._post(endpoint, call)
         finally:
             endpoint.busy -= 1
-            async with self._free:
-                self._free.notify()
+            if self._waiting:
+                async with self._free:
+                    self._free.notify()
 
     # -- endpoints
 
@@ -212,9 +224,14 @@ class Client:
             if now - self._down_since > self._pacing.patience:
                 raise NoEndpointError("no endpoint answers")
             pauses.append(PROBE_SECONDS)
-        with contextlib.suppress(TimeoutError):
+        self._waiting += 1
+        try:
             async with asyncio.timeout(min(pauses, default=PROBE_SECONDS)), self._free:
                 await self._free.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting -= 1
 
     def _set_aside(self, endpoint: Endpoint, why: str) -> None:
         if endpoint.up:
@@ -251,7 +268,9 @@ class Client:
     async def _post(self, endpoint: Endpoint, call: Call) -> Reply:
         headers = {"content-type": "application/json", **endpoint.headers}
         try:
-            async with self._session.post(endpoint.address(call.url), data=call.body, headers=headers) as response:
+            async with self._session.post(
+                endpoint.address(call.url), data=call.body, headers=headers, allow_redirects=False
+            ) as response:
                 body = await response.read()
                 return self._judge(endpoint, call, response, body)
         except TimeoutError as exc:
@@ -277,7 +296,7 @@ class Client:
         reply = Reply(
             key=call.key,
             status=status,
-            body=body,
+            body=body if endpoint.key is None else endpoint.key.hide_bytes(body),
             request_id=response.headers.get("x-request-id"),
             message=None if status < 400 else f"status {status}",
             endpoint=endpoint.url,

@@ -16,6 +16,7 @@ from typing import IO
 import msgspec
 
 from batchkit.client import Call, Reply
+from batchkit.errors import StorageError
 from batchkit.jobs import OVER, Attempt
 from batchkit.measures import request_tokens
 from batchkit.progress import Progress
@@ -48,7 +49,36 @@ class _Open(msgspec.Struct):
     attempt: Attempt
     stream: IO[bytes]
     left: int
+    size: int
     dirty: bool = False
+
+    def append(self, line: bytes) -> None:
+        """All of it or, on a full disk, nothing. Raises `StorageError`."""
+        descriptor = self.stream.fileno()
+        try:
+            written = os.write(descriptor, line)
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+        except OSError as exc:
+            os.ftruncate(descriptor, self.size)
+            raise _not_written(self.stream, exc) from exc
+        self.size += len(line)
+        self.dirty = True
+
+    def sync(self) -> None:
+        """Bring it to the disk. Raises `StorageError`."""
+        try:
+            os.fsync(self.stream.fileno())
+        except OSError as exc:
+            raise _not_written(self.stream, exc) from exc
+        self.dirty = False
+
+
+def _not_written(stream: IO[bytes], exc: OSError) -> StorageError:
+    return StorageError(
+        f"{stream.name}: cannot be written: {exc.strerror or exc}",
+        hint="free some disk space and run the same command again: it goes on where it stopped",
+    )
 
 
 class Live:
@@ -106,7 +136,7 @@ class Live:
         path = self._run.responses_path(seal.shard, attempt.number)
         stream = open(path, "ab", buffering=0)  # noqa: SIM115  # closed with the shard
         sync_folder(path.parent)
-        self._open[seal.shard, attempt.number] = _Open(seal, attempt, stream, count)
+        self._open[seal.shard, attempt.number] = _Open(seal, attempt, stream, count, stream.tell())
         return attempt.number
 
     def take(self, reply: Reply) -> None:
@@ -114,8 +144,7 @@ class Live:
         shard, number, custom_id = reply.key
         line = as_line(custom_id, reply)
         opened = self._open[shard, number]
-        opened.stream.write(line)
-        opened.dirty = True
+        opened.append(line)
         opened.left -= 1
         self._count(line)
         if opened.left == 0:
@@ -141,8 +170,7 @@ class Live:
         """Bring all that was written to the disk."""
         for opened in self._open.values():
             if opened.dirty:
-                os.fsync(opened.stream.fileno())
-                opened.dirty = False
+                opened.sync()
         self._synced = time.monotonic()
 
     def stop(self) -> None:
@@ -151,7 +179,7 @@ class Live:
             self._close(opened, "died")
 
     def _close(self, opened: _Open, state: str) -> None:
-        os.fsync(opened.stream.fileno())
+        opened.sync()
         opened.stream.close()
         _end(self._run, opened.seal.shard, opened.attempt.number, died=state == "died")
         del self._open[opened.seal.shard, opened.attempt.number]

@@ -88,7 +88,8 @@ def answer(requests: list[dict[str, Any]], out: IO[str], faults: dict[str, Any],
 
 
 def good(request: dict[str, Any]) -> dict[str, Any]:
-    text = "answer to " + request["custom_id"]
+    echoes = json.loads(os.environ["FAKE_ENGINE"]).get("echo") == "question"
+    text = "answer to " + (request["body"]["messages"][-1]["content"] if echoes else request["custom_id"])
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     body = {"id": "x", "object": "chat.completion", "model": request["body"]["model"], "choices": [choice]}
     return {

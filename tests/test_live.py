@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import pytest
 
 from batchkit import batch_submission, client, live_submission, outcomes
 from batchkit.client import Pacing
-from batchkit.errors import CredentialsError, EngineError, UsageError
+from batchkit.errors import CredentialsError, EngineError, StorageError, UsageError
 from batchkit.handover import Pace
 from batchkit.merging import merge
 from batchkit.preparation import prepare
@@ -433,6 +434,51 @@ def test_a_torn_last_line_is_cut_off(server: Server, make_run: MakeRun) -> None:
     assert_each_answered_by_its_own(run)
 
 
+def test_a_full_disk_leaves_no_half_line_and_loses_nothing(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(100)
+    real, written = os.write, [0]
+
+    def full(descriptor: int, data: bytes) -> int:
+        if b'"custom_id"' not in data[:40] and written[0] < 8000:
+            return real(descriptor, data)
+        room = 8000 - written[0]
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = real(descriptor, data[:room])
+        written[0] += count
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchkit.live.os.write", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            send(run, server)
+    kept = lines(run)
+    assert 0 < kept < 100
+    assert verdicts(run) == {"answered": kept, "pending": 100 - kept}
+    assert send(run, server).exit_code == 0
+    assert_each_answered_by_its_own(run)
+    assert lines(run) == 100
+
+
+def test_a_key_that_a_server_quotes_is_not_written(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(10)
+    server.key = "secret-key-123"
+    monkeypatch.setenv("MY_KEY", server.key)
+    server.faults.extend([fake_server.status(400, f"your key {server.key} is old")] * 5)
+    send(run, server, api_key_env="MY_KEY")
+    merge(run)
+    assert verdicts(run) == {"answered": 5, "failed": 5}
+    for path in run.path.rglob("*"):
+        assert path.is_dir() or b"secret-key" not in path.read_bytes(), path
+    with pytest.raises(UsageError) as caught:
+        submit(run, endpoints=["http://user:hidden@localhost:8000"])
+    assert "hidden" not in caught.value.message
+
+
 def test_ctrl_c_keeps_what_came(server: Server, make_run: MakeRun) -> None:
     run = make_run(400)
     server.delay = 0.01
@@ -465,3 +511,37 @@ def test_a_run_whose_batch_expired_is_finished_by_a_server(
     rows = [json.loads(line) for line in (run.path / "results.jsonl").read_bytes().splitlines()]
     assert Counter(row["batchkit"]["backend"] for row in rows) == {"openai": 14, "server": 6}
     assert_each_answered_by_its_own(run)
+
+
+def test_the_same_rows_give_the_same_results_whoever_answers(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run each through vLLM's batch runner (a fake of it), a batch service and a live server, of one stub model."""
+    from tests.test_submission import Fake, install_fake
+
+    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
+    install_fake(monkeypatch)
+    Fake(tmp_path, monkeypatch).set(echo="question")
+    tasks = tmp_path / "tasks.jsonl"
+    rows = [json.dumps({"id": n, "question": f"q{n}"}) if n != 77 else "{" for n in range(400)]
+    tasks.write_text("\n".join(rows) + "\n")
+    results: dict[str, list[dict[str, Any]]] = {}
+    with fake_provider.running() as provider:
+        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
+        provider.answer = lambda custom_id, question, tries: (200, f"answer to {question}")
+        options: dict[str, dict[str, Any]] = {
+            "vllm": {}, "server": {"endpoints": [server.url]}, "openai": {"base_url": f"{provider.url}/v1"},
+        }  # fmt: skip
+        for backend, keywords in options.items():
+            run = tmp_path / backend
+            prepare(tasks, run, model="m", max_requests=150, workers=1)
+            assert submit(run, backend=backend, **keywords).exit_code == 3, "a row was rejected"
+            merge(run)
+            results[backend] = [json.loads(line) for line in (run / "results.jsonl").read_bytes().splitlines()]
+    for rows_of in results.values():
+        assert len(rows_of) == 400
+        for row in rows_of:
+            for name in ("backend", "usage"):  # the fake engine counts no tokens
+                del row["batchkit"][name]
+            row.pop("model")
+    assert results["vllm"] == results["server"] == results["openai"]

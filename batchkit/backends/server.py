@@ -29,6 +29,8 @@ def parse_endpoints(texts: Sequence[str], key_env: str | None) -> list[Endpoint]
     for text in texts or (DEFAULT_ENDPOINT,):
         url = text.strip().rstrip("/")
         parts = urlsplit(url)
+        if "@" in parts.netloc:
+            raise UsageError("--endpoints has a password in it", hint="--api-key-env names the variable of a key")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"--endpoints {text}: not a URL", hint="--endpoints http://HOST:8000/v1")
         if not parts.path:
@@ -67,7 +69,7 @@ async def _ask_all(endpoints: Sequence[Endpoint]) -> list[tuple[str | None, list
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
         return list(await asyncio.gather(*(_ask(session, endpoint) for endpoint in endpoints)))
 
 
