@@ -40,7 +40,7 @@ class Call(msgspec.Struct, frozen=True):
 
     key: Any
     url: str
-    body: bytes
+    body: bytes | memoryview
     tokens: int = 0
 
 
@@ -80,16 +80,15 @@ class Endpoint:
         self.up = True
         self.not_before = 0.0
         self.done = 0
+        self.proxy = _proxy_of(url)
+        self.headers = {"authorization": f"Bearer {key.value}"} if key is not None else {}
+        self.post_headers = {"content-type": "application/json", **self.headers}
 
     def address(self, path: str) -> str:
         """Where requests to `path` go: `/v1/…` below the base, others (`/score`) beside its version."""
         if path.startswith("/v1/"):
             return self.url + path[3:]
         return self.url.removesuffix("/v1") + path
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.key.value}"} if self.key is not None else {}
 
 
 class NoEndpointError(Exception):
@@ -141,7 +140,7 @@ class Client:
         self._tokens = AsyncLimiter(pacing.tokens_per_minute, 60) if pacing.tokens_per_minute else None
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
         timeout = aiohttp.ClientTimeout(total=pacing.timeout, connect=30.0)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=True) as session:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=True) as session:
             self._session = session
             try:
                 async with asyncio.TaskGroup() as group:
@@ -246,7 +245,9 @@ class Client:
         while not endpoint.up:
             await asyncio.sleep(PROBE_SECONDS)
             with contextlib.suppress(Exception):  # whatever is wrong, it is down still
-                async with self._session.get(endpoint.url + "/models", headers=endpoint.headers) as response:
+                async with self._session.get(
+                    endpoint.url + "/models", headers=endpoint.headers, proxy=endpoint.proxy
+                ) as response:
                     endpoint.up = response.status < 500
         self._say(f"{endpoint.url} answers again")
         async with self._free:
@@ -266,10 +267,13 @@ class Client:
             await asyncio.sleep(start - time.monotonic())
 
     async def _post(self, endpoint: Endpoint, call: Call) -> Reply:
-        headers = {"content-type": "application/json", **endpoint.headers}
         try:
             async with self._session.post(
-                endpoint.address(call.url), data=call.body, headers=headers, allow_redirects=False
+                endpoint.address(call.url),
+                data=call.body,
+                headers=endpoint.post_headers,
+                allow_redirects=False,
+                proxy=endpoint.proxy,
             ) as response:
                 body = await response.read()
                 return self._judge(endpoint, call, response, body)
@@ -310,6 +314,17 @@ class Client:
             raise _PassingError(reply, after=after)
         endpoint.done += 1
         return reply
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for a URL. Asked once: aiohttp's own way asks for each request."""
+    import urllib.request
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _nothing(endpoint: Endpoint, call: Call, message: str) -> Reply:

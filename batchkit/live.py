@@ -8,6 +8,7 @@ stays, the rest is sent again.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.runs import Run, Seal, as_ranges, now
-from batchkit.shardfiles import check_requests, request_lines
+from batchkit.shardfiles import request_views
 from batchkit.storage import cut_torn_line, sync_folder
 from batchkit.work import Leases
 
@@ -111,14 +112,15 @@ class Live:
         """All that is due, read as it is asked for; keys are (shard, attempt, custom_id)."""
         while (parcel := self._queue.first()) is not None:
             seal, rows = parcel.seal, as_ranges(parcel.positions)
-            check_requests(self._run, seal)
             self._queue.remove_first(parcel)
+            views = request_views(self._run, seal, rows)
+            first = next(views)  # raises where the file is not what was sealed, before anything is sent of it
             number = self._begin(seal, rows, len(parcel.positions))
-            for line in request_lines(self._run, seal, rows):
+            for line in itertools.chain([first], views):
                 request = _decode(line)
-                tokens = self._tokens_of(line) if self._count_tokens else 0
+                tokens = self._tokens_of(bytes(line)) if self._count_tokens else 0
                 self._report.sent += 1
-                yield Call((seal.shard, number, request.custom_id), request.url, bytes(request.body), tokens)
+                yield Call((seal.shard, number, request.custom_id), request.url, memoryview(request.body), tokens)
 
     def _tokens_of(self, line: bytes) -> int:
         tokens = request_tokens(line, self._run.manifest.model)

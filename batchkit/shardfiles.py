@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import xxhash
 
@@ -216,26 +219,48 @@ def _no_room(exc: sqlite3.OperationalError) -> StorageError:
     )
 
 
-def check_requests(run: Run, seal: Seal) -> None:
-    """Raise `RunError` where the requests are not those that were sealed."""
-    for _ in request_lines(run, seal, ()):
-        pass
+def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+    """As `request_lines`, without line feeds and without a copy: parts of the file as it is mapped into memory. The
+    file is checked before the first line."""
+    path = run.requests_path(seal.shard)
+    with open(path, "rb") as stream:
+        if not seal.requests_bytes or os.fstat(stream.fileno()).st_size != seal.requests_bytes:
+            raise _not_as_sealed(path)
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last view of it is gone
+    view = memoryview(mapped)
+    if xxhash.xxh3_128_hexdigest(view) != seal.requests_checksum:
+        raise _not_as_sealed(path)
+    wanted, start = _wanted(seal, rows), 0
+    for is_wanted in wanted:
+        end = mapped.find(b"\n", start)
+        if is_wanted:
+            yield view[start:end]
+        start = end + 1
 
 
 def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The lines of some rows of a shard, with their line feeds. Raises `RunError`, behind the last one at the latest,
     where the file is not the one that was sealed."""
-    rejected = {rejection.position for rejection in seal.rejected}
-    sent = (position for position in range(seal.start, seal.end) if position not in rejected)
-    wanted = {position for start, end in rows for position in range(start, end)}
     path, digest = run.requests_path(seal.shard), xxhash.xxh3_128()
+    wanted = _wanted(seal, rows)
     with open_read(str(path)) as stream:
         for line in stream:
             digest.update(line)
-            if next(sent, None) in wanted:
+            if next(wanted, False):
                 yield line
     if digest.hexdigest() != seal.requests_checksum:
-        raise RunError(
-            f"{path}: is not what prepare wrote: its checksum differs",
-            hint=f"delete {path.with_suffix('.json')} and prepare again: it makes the shard anew",
-        )
+        raise _not_as_sealed(path)
+
+
+def _wanted(seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bool]:
+    """For each request line of a shard, whether its row is in one of the ranges `rows`."""
+    rejected = {rejection.position for rejection in seal.rejected}
+    positions = {position for start, end in rows for position in range(start, end)}
+    return (position in positions for position in range(seal.start, seal.end) if position not in rejected)
+
+
+def _not_as_sealed(path: Path) -> RunError:
+    return RunError(
+        f"{path}: is not what prepare wrote: its checksum differs",
+        hint=f"delete {path.with_suffix('.json')} and prepare again: it makes the shard anew",
+    )

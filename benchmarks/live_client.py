@@ -4,7 +4,7 @@ Both read the same run of requests (100 KB each, an image inline), keep the same
 response to a file; the rounds take turns. The server is a process of its own that answers at once. Prints requests a
 second, and requests a second of CPU time of the client, which is what a core can do.
 
-    python benchmarks/live_client.py --requests 2000 --rounds 3
+    python benchmarks/live_client.py --requests 20000 --rounds 3
 """
 
 from __future__ import annotations
@@ -68,22 +68,21 @@ async def serve(port: int) -> None:
     await server.serve_forever()
 
 
-async def ask_with_the_sdk(requests: Path, url: str, output: Path) -> None:
-    """The loop that people write: the SDK's async client, a semaphore, a line a response."""
+async def ask_with_the_sdk(run: Path, url: str, output: Path) -> None:
+    """The loop that people write: the SDK's async client, some workers, a line a response."""
     import openai
 
     client = openai.AsyncOpenAI(api_key="none", base_url=url)
-    slots = asyncio.Semaphore(CONCURRENCY)
-    with open(output, "w", encoding="utf-8") as stream:  # noqa: ASYNC230  # the user's loop, as it is
+    lines = (line for path in sorted((run / "requests").glob("*.jsonl")) for line in open(path, "rb"))  # noqa: SIM115, ASYNC230
+    with open(output, "w", encoding="utf-8") as stream:  # noqa: ASYNC230
 
-        async def one(line: bytes) -> None:
-            async with slots:
+        async def work() -> None:
+            for line in lines:
                 request = json.loads(line)
                 answer = await client.chat.completions.create(**request["body"])
                 stream.write(json.dumps({"custom_id": request["custom_id"], "body": answer.model_dump()}) + "\n")
 
-        with open(requests, "rb") as lines:  # noqa: ASYNC230
-            await asyncio.gather(*(one(line) for line in lines))
+        await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
 
 
 def prepare(folder: Path, count: int) -> Run:
@@ -98,7 +97,7 @@ def prepare(folder: Path, count: int) -> Run:
     tasks.write_text("".join(json.dumps({"id": n, "image": "noise.png", "question": "?"}) + "\n" for n in range(count)))
     command = [sys.executable, "-m", "batchkit", "prepare", str(tasks), str(folder / "run"), "--model", "m"]
     command += ["--backend", "server"]
-    subprocess.run([*command, "--max-requests", str(count)], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return Run.open(folder / "run")
 
 
@@ -112,7 +111,7 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--sdk", nargs=3, help=argparse.SUPPRESS)
@@ -120,8 +119,8 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(serve(arguments.serve))
     elif arguments.sdk:
-        requests, url, output = arguments.sdk
-        asyncio.run(ask_with_the_sdk(Path(requests), url, Path(output)))
+        run, url, output = arguments.sdk
+        asyncio.run(ask_with_the_sdk(Path(run), url, Path(output)))
     else:
         compare(arguments.requests, arguments.rounds)
 
@@ -136,16 +135,17 @@ def compare(count: int, rounds: int) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             run = prepare(folder, count)
-            size = run.requests_path(0).stat().st_size / count
+            size = sum(seal.requests_bytes for seal in run.seals()) / count
             for _ in range(rounds):
                 output = folder / "sdk.jsonl"
-                found["OpenAI SDK, async"].append(timed([*me, "--sdk", str(run.requests_path(0)), url, str(output)]))
+                found["OpenAI SDK, async"].append(timed([*me, "--sdk", str(run.path), url, str(output)]))
                 assert len(output.read_bytes().splitlines()) == count
                 for path in [*(run.path / "jobs").iterdir(), *(run.path / "responses").iterdir()]:
                     path.unlink()
                 command = [sys.executable, "-m", "batchkit", "submit", str(run.path), "--endpoints", url]
                 found["batchkit"].append(timed([*command, "--concurrency", str(CONCURRENCY)]))
-                assert len(run.responses_path(0, 1).read_bytes().splitlines()) == count
+                responses = [path.read_bytes().splitlines() for path in (run.path / "responses").iterdir()]
+                assert sum(map(len, responses)) == count
     finally:
         server.kill()
     show(found, count, size)

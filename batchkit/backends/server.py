@@ -69,14 +69,14 @@ async def _ask_all(endpoints: Sequence[Endpoint]) -> list[tuple[str | None, list
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
+    async with aiohttp.ClientSession(timeout=timeout) as session:
         return list(await asyncio.gather(*(_ask(session, endpoint) for endpoint in endpoints)))
 
 
 async def _ask(session: Any, endpoint: Endpoint) -> tuple[str | None, list[str]]:
     """What is wrong, or None and the models (none, where the server has no such list)."""
     try:
-        async with session.get(endpoint.url + "/models", headers=endpoint.headers) as response:
+        async with session.get(endpoint.url + "/models", headers=endpoint.headers, proxy=endpoint.proxy) as response:
             if response.status in (401, 403):
                 raise _refused(endpoint, await response.text())
             if response.status >= 500:
