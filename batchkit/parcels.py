@@ -36,11 +36,19 @@ def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[
     """
     if not positions:
         return []
-    mixed = run.manifest.options.get("input_format") == "batch"  # else batchkit made them, all to one endpoint
+    whole = len(positions) == seal.requests and seal.requests <= limits.max_requests
+    if whole and seal.requests_bytes <= limits.max_bytes and not is_foreign(run):
+        return [Parcel(seal=seal, positions=list(positions), url=CHAT, size=seal.requests_bytes)]
+    mixed = is_foreign(run)
     sizes: dict[str, list[tuple[int, int]]] = {}
     for position, line in zip(positions, request_lines(run, seal, as_ranges(positions)), strict=True):
         sizes.setdefault(_url_of(line).url if mixed else CHAT, []).append((position, len(line)))
     return [parcel for url, entries in sizes.items() for parcel in _packed(seal, url, entries, limits)]
+
+
+def is_foreign(run: Run) -> bool:
+    """Whether the requests came as they are: they may go to several endpoints, and be spelled in any way."""
+    return run.manifest.options.get("input_format") == "batch"
 
 
 def _packed(seal: Seal, url: str, entries: Sequence[tuple[int, int]], limits: Limits) -> Iterator[Parcel]:

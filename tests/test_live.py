@@ -108,6 +108,28 @@ def test_all_are_answered_once_and_bodies_go_out_as_they_are(server: Server, mak
     assert (row["batchkit"]["backend"], row["batchkit"]["attempt"]) == ("server", 1)
 
 
+def test_rows_in_batch_format_are_sent_as_they_are_whatever_their_order(server: Server, tmp_path: Path) -> None:
+    def line(number: int) -> str:
+        body = {"messages": [{"role": "user", "content": f"q{number}"}], "model": "m"}
+        fields = {
+            "body": body,
+            "url": "/v1/chat/completions",
+            "method": "POST",
+            "custom_id": f"r{number}",
+            "more": {"a": {}},
+        }
+        names = list(fields)
+        return json.dumps({name: fields[name] for name in names[number % 5 :] + names[: number % 5]})
+
+    tasks = tmp_path / "batch.jsonl"
+    tasks.write_text("".join(line(number) + "\n" for number in range(20)))
+    prepare(tasks, tmp_path / "run", backend="server", workers=1)
+    run = Run.open(tmp_path / "run")
+    assert send(run, server).exit_code == 0
+    assert all(json.loads(body).keys() == {"messages", "model"} for body in server.bodies)
+    assert_each_answered_by_its_own(run)
+
+
 def test_concurrency_bounds_the_requests_at_each_server(server: Server, make_run: MakeRun) -> None:
     server.delay = 0.02
     with fake_server.running() as other:
