@@ -46,7 +46,9 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
 
 def tell_submitted(report: Any) -> None:
     sent, got = counted(report.sent, "request"), counted(report.responses, "response")
-    click.echo(f"sent {sent}, got {got} in {report.seconds:,.0f} s", err=True)
+    errors = f", {counted(report.errors, 'error')} among them" if report.errors else ""
+    rate = f" ({report.responses / report.seconds:,.1f}/s)" if report.seconds and report.responses else ""
+    click.echo(f"sent {sent}, got {got}{errors} in {report.seconds:,.0f} s{rate}", err=True)
     if report.in_flight:
         click.echo(f"{counted(report.in_flight, 'request')} under way at the provider", err=True)
     if report.remaining > report.in_flight:

@@ -118,7 +118,6 @@ class Live:
         self._open: dict[tuple[int, int], _Open] = {}
         self._synced = time.monotonic()
         self._tokens = 0
-        self._errors = 0
 
     def calls(self) -> Iterator[Call]:
         """All that is due, read as it is asked for; keys are (shard, attempt, custom_id)."""
@@ -174,10 +173,10 @@ class Live:
             return
         report.responses += 1
         report.passing += response.passing
-        self._errors += response.verdict not in ANSWERS
+        report.errors += response.verdict not in ANSWERS
         if response.usage is not None and isinstance(total := response.usage.get("total_tokens"), int):
             self._tokens += total
-        note = f"{self._tokens:,} tokens" + (f", {self._errors:,} errors" if self._errors else "")
+        note = f"{self._tokens:,} tokens" + (f", {report.errors:,} errors" if report.errors else "")
         self._progress.update(1, note=note)
 
     def sync(self) -> None:

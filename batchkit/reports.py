@@ -13,7 +13,7 @@ class SubmitReport(msgspec.Struct, kw_only=True):
     `unanswered` have one that is no answer, or were rejected by `prepare`. `starts` and `deaths` are the engine's.
     Of `remaining`, `in_flight` are at a batch service; `doubtful` names attempts (shard.attempt) that the user has to
     decide on, because nobody knows whether they were created, and `troubled` those that cannot be collected whole, with
-    the reason.
+    the reason. `errors` counts the responses of live servers that are no answers.
     """
 
     sent: int = 0
@@ -27,6 +27,7 @@ class SubmitReport(msgspec.Struct, kw_only=True):
     in_flight: int = 0
     doubtful: list[str] = []
     troubled: dict[str, str] = {}
+    errors: int = 0
 
     @property
     def exit_code(self) -> int:
