@@ -24,7 +24,7 @@ import msgspec
 from batchkit import calls
 from batchkit.batches import Batch, Order, RefusedError, Service
 from batchkit.jobs import Attempt, AttemptState, Remote
-from batchkit.responses import ANSWERS, UnreadableLine, parse
+from batchkit.responses import UnreadableLine, parse
 from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.shardfiles import request_lines
 from batchkit.storage import open_read, write_whole
@@ -56,10 +56,9 @@ class Tracked(msgspec.Struct, kw_only=True):
 
 
 class Gathered(msgspec.Struct, kw_only=True):
-    """What came back: how many requests have a line, how many of these are answers, how many failures may pass."""
+    """What came back: how many requests have a line, and how many of these are failures that may pass."""
 
     responses: int = 0
-    answers: int = 0
     passing: int = 0
 
 
@@ -78,9 +77,8 @@ def intend(run: Run, seal: Seal, positions: Sequence[int], remote: Remote, *, ba
     """Step 1. The shard's lease is held."""
     remote.tag = secrets.token_hex(12)
     job = run.job(seal.shard)
-    numbers = [attempt.number for attempt in job.attempts] + [number for number, _ in run.responses_paths(seal.shard)]
     attempt = Attempt(
-        number=max(numbers, default=0) + 1,
+        number=run.next_attempt(seal.shard),
         backend=backend,
         state="intended",
         rows=as_ranges(positions),
@@ -192,7 +190,7 @@ def collect(run: Run, tracked: Tracked, service: Service, batch: Batch) -> Gathe
         parts = []
         for index, file_id in enumerate(batch.files):
             try:
-                service.download(file_id, folder / f"{index}.jsonl", alive=lambda count: None)  # noqa: ARG005
+                service.download(file_id, folder / f"{index}.jsonl")
             except RefusedError as exc:
                 gone = f"; {exc}"
                 continue
@@ -233,7 +231,6 @@ def _write_responses(run: Run, tracked: Tracked, service: Service, parts: Sequen
                 if response.custom_id in wanted:
                     wanted.remove(response.custom_id)
                     gathered.responses += 1
-                    gathered.answers += response.verdict in ANSWERS
                     gathered.passing += response.passing
     return gathered
 

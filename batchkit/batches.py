@@ -6,7 +6,6 @@ of its calls may be repeated is the caller's to know: all but `create` may.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -112,8 +111,8 @@ class Service(Protocol):
     def check(self, batch_id: str) -> Batch:
         """How the batch stands now."""
 
-    def download(self, file_id: str, path: Path, *, alive: Callable[[int], None]) -> None:
-        """Write a result file to `path`; `alive` is told the bytes of each piece."""
+    def download(self, file_id: str, path: Path) -> None:
+        """Write a result file to `path`."""
 
     def cancel(self, batch_id: str) -> None:
         """Ask for the end of the batch. What it has finished is kept."""

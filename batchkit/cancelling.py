@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,8 +67,7 @@ def cancel(
         )
     except RunBusyError as exc:
         progress.say(f"{exc.message}, which collects them")
-        with contextlib.suppress(RunBusyError):
-            count(run, seals, submitted, attempts=1)
+        count(run, seals, submitted, attempts=1)
     report.collected, report.in_flight = submitted.responses, submitted.in_flight
     return report
 

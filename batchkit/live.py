@@ -139,10 +139,12 @@ class Live:
 
     def _begin(self, seal: Seal, rows: Sequence[tuple[int, int]], count: int) -> int:
         job = self._run.job(seal.shard)
-        numbers = [attempt.number for attempt in job.attempts]
-        numbers += [number for number, _ in self._run.responses_paths(seal.shard)]
         attempt = Attempt(
-            number=max(numbers, default=0) + 1, backend=self._backend, state="running", rows=list(rows), started=now()
+            number=self._run.next_attempt(seal.shard),
+            backend=self._backend,
+            state="running",
+            rows=list(rows),
+            started=now(),
         )
         job.attempts.append(attempt)
         self._run.write_job(job)

@@ -249,6 +249,12 @@ class Run:
         path = self.job_path(shard)
         return _read(path, Job) if path.exists() else Job(shard=shard)
 
+    def next_attempt(self, shard: int) -> int:
+        """A number that no attempt at the shard, and no file of responses, bears yet."""
+        numbers = [attempt.number for attempt in self.job(shard).attempts]
+        numbers += [number for number, _ in self.responses_paths(shard)]
+        return max(numbers, default=0) + 1
+
     def write_job(self, job: Job) -> None:
         with write_whole(self.job_path(job.shard), durable=True) as stream:
             stream.write(_pretty(job))

@@ -58,7 +58,7 @@ def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key]) -> Plan:
     for shard, position in sorted(keys):
         rows.setdefault(shard, []).append(position)
     parts = [
-        Part(shard=shard, attempt=_next_attempt(run, shard), rows=as_ranges(positions))
+        Part(shard=shard, attempt=run.next_attempt(shard), rows=as_ranges(positions))
         for shard, positions in rows.items()
     ]
     plan = Plan(session=session, parts=parts)
@@ -86,12 +86,6 @@ def mark_running(run: Run, plan: Plan) -> None:
     """Step 4."""
     for part in plan.parts:
         _mark(run, plan, part, "running", None)
-
-
-def _next_attempt(run: Run, shard: int) -> int:
-    numbers = [attempt.number for attempt in run.job(shard).attempts]
-    numbers += [number for number, _ in run.responses_paths(shard)]
-    return max(numbers, default=0) + 1
 
 
 # -- after the engine ------------------------------------------------------------------------------------------------

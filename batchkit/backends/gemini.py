@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,9 @@ class GeminiBatches:
             self._client.batches.get(name=batch_id)
             return self._read()
 
-    def download(self, file_id: str, path: Path, *, alive: Callable[[int], None]) -> None:
+    def download(self, file_id: str, path: Path) -> None:
         with self._translated(f"downloading {file_id}"), calls.storing(path), open(path, "wb") as stream:
             self._client.files.download(file=file_id, destination=stream)
-        alive(path.stat().st_size)
 
     def cancel(self, batch_id: str) -> None:
         with self._translated(f"cancelling {batch_id}"):

@@ -7,7 +7,7 @@ Shapes: platform.openai.com/docs/api-reference/batch, 2026-11; openai 3.52; AIBr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class OpenAIBatches:
         with self._translated(f"asking for batch {batch_id}"):
             return self._read(_json(self._client.batches.with_raw_response.retrieve(batch_id)))
 
-    def download(self, file_id: str, path: Path, *, alive: Callable[[int], None]) -> None:
+    def download(self, file_id: str, path: Path) -> None:
         with (
             self._translated(f"downloading {file_id}"),
             self._client.files.with_streaming_response.content(file_id, timeout=TIMEOUT) as response,
@@ -150,7 +150,6 @@ class OpenAIBatches:
                     with calls.storing(path):
                         stream.write(piece)
                     written += len(piece)
-                    alive(len(piece))
             if expected is not None and not encoded and expected.isdecimal() and written != int(expected):
                 raise PassingError(f"of {int(expected):,} bytes of {file_id} {written:,} came")
 
