@@ -73,7 +73,7 @@ class Converter:
             self._refuse_unmapped()
 
     def _refuse_unmapped(self) -> None:
-        body = tasks.parse_object(self._maker.line("0", "?", []))["body"]
+        body = tasks.parse_object(self._maker.line("0", ["?"]))["body"]
         try:
             gemini_requests.check(body)
         except RowError as exc:
@@ -103,7 +103,7 @@ class Converter:
             question = self._question(task)
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
-        request = self._maker.line(task.custom_id, question, pictures)
+        request = self._maker.line(task.custom_id, [*pictures, question])
         return Converted(task.custom_id, request, pixels=sum(p.pixels for p in pictures), names=names)
 
     def _question(self, task: Task) -> str:
@@ -116,7 +116,7 @@ class Converter:
         try:
             if not task.images and self._options.image_field is not None:
                 raise RowError("image", f"no image in {' or '.join(map(repr, self._options.image_field))}")
-            return [images.load(reference, self._root, self._image_options) for reference in task.images]
+            return [images.load(image.source, self._root, self._image_options) for image in task.images]
         except RowError:
             if self._options.on_bad_image == "text-only":
                 return ()  # all of them: with one left out, «the second image» would mean another one

@@ -51,24 +51,34 @@ class RequestMaker:
         self._after_messages = b"]" + (b"," + members if members else b"") + b"}}"
         self._detail = b',"detail":' + _encode(detail) if detail is not None else b""
 
-    def line(self, custom_id: str, question: str, pictures: Sequence[Picture]) -> bytes:
-        """One request, without a line feed. `custom_id` needs no escaping: it is of [A-Za-z0-9_-]."""
+    def line(self, custom_id: str, content: Sequence[str | Picture]) -> bytes:
+        """One request, without a line feed. `content` are texts and pictures in the order in which the model sees them.
+
+        `custom_id` needs no escaping: it is of [A-Za-z0-9_-].
+        """
         parts = [b'{"custom_id":"', custom_id.encode("ascii"), self._before_messages, b'{"role":"user","content":']
-        text = _encode(question)
-        if pictures:
-            parts.append(b"[")
-            for picture in pictures:
-                parts += (
-                    b'{"type":"image_url","image_url":{"url":"data:',
-                    picture.media_type.encode("ascii"),
-                    b";base64,",
-                    pybase64.b64encode(picture.data),
-                    b'"',
-                    self._detail,
-                    b"}},",
-                )
-            parts += (b'{"type":"text","text":', text, b"}]")
+        if len(content) == 1 and isinstance(content[0], str):
+            parts.append(_encode(content[0]))
         else:
-            parts.append(text)
+            opening = b"["
+            for part in content:
+                parts.append(opening)
+                parts += self._text(part) if isinstance(part, str) else self._picture(part)
+                opening = b","
+            parts.append(b"]")
         parts += (b"}", self._after_messages)
         return b"".join(parts)
+
+    def _text(self, text: str) -> tuple[bytes, ...]:
+        return b'{"type":"text","text":', _encode(text), b"}"
+
+    def _picture(self, picture: Picture) -> tuple[bytes, ...]:
+        return (
+            b'{"type":"image_url","image_url":{"url":"data:',
+            picture.media_type.encode("ascii"),
+            b";base64,",
+            pybase64.b64encode(picture.data),
+            b'"',
+            self._detail,
+            b"}}",
+        )

@@ -53,12 +53,19 @@ class Place(NamedTuple):
 FILE_START = Place()
 
 
+class ImageReference(NamedTuple):
+    """An image of a row: the field that names it, and its path or URL as the row has it."""
+
+    field: str
+    source: str
+
+
 class Task(NamedTuple):
-    """The validated view of a row. `images` are references as the row gives them, in the order of the fields."""
+    """The validated view of a row. `images` are in the order of the fields."""
 
     custom_id: str
     fields: dict[str, Any]
-    images: list[str]
+    images: list[ImageReference]
     question: str | None
 
 
@@ -139,16 +146,16 @@ def _identity(row: Row, fields: dict[str, Any], ids: tuple[str, ...] | None) -> 
     return _encode([fields[name] for name in ids])
 
 
-def _images(fields: dict[str, Any], names: tuple[str, ...] | None) -> list[str]:
-    references: list[str] = []
+def _images(fields: dict[str, Any], names: tuple[str, ...] | None) -> list[ImageReference]:
+    references: list[ImageReference] = []
     for name in names if names is not None else (DEFAULT_IMAGE_FIELD,):
         value = fields.get(name)
         if value is None or value == "":
             continue
-        for reference in value if isinstance(value, list) else [value]:
-            if not isinstance(reference, str) or not reference:
-                raise RowError("image", f"image field {name!r} holds {_kind(reference)}, not a path or a list of paths")
-            references.append(reference)
+        for source in value if isinstance(value, list) else [value]:
+            if not isinstance(source, str) or not source:
+                raise RowError("image", f"image field {name!r} holds {_kind(source)}, not a path or a list of paths")
+            references.append(ImageReference(name, source))
     return references
 
 

@@ -185,7 +185,7 @@ def test_a_line_of_ours_is_measured() -> None:
         model="gpt-4o", system="Be brief.", parameters={"max_completion_tokens": 50}, extra={}, detail="low"
     )
     data = picture()
-    line = maker.line("a", "What is it? 漢字", [Picture("image/png", data, 1024 * 1024)] * 2)
+    line = maker.line("a", [*[Picture("image/png", data, 1024 * 1024)] * 2, "What is it? 漢字"])
     text = text_tokens(len(b"Be brief.") + len("What is it? 漢字".encode()))
     assert request_tokens(line, "gpt-4o") == RequestTokens(text, 2 * 85, 2, 50)
 
