@@ -1,7 +1,7 @@
 """Bounded concurrent HTTP to live servers: bodies go out as the bytes they are, replies come back as bytes.
 
-It knows of calls and endpoints, not of rows or runs. Passing faults are retried, an endpoint that is down is left alone
-until it answers again, and nothing that has answered with a whole 200 is ever sent again.
+It knows of calls and endpoints, not of rows or runs. Passing faults are retried, and nothing that has answered with a
+whole 200 is ever sent again.
 """
 
 from __future__ import annotations
@@ -10,26 +10,33 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from batchkit import calls
-from batchkit.credentials import Key
+from batchkit import calls, responses
+from batchkit.rotation import Endpoint, NoEndpointError, RefusingError, Rotation
 
 if TYPE_CHECKING:
     import aiohttp
     from tenacity import RetryCallState
 
+__all__ = ["Call", "Client", "Endpoint", "NoEndpointError", "Pacing", "RefusingError", "Reply"]
+
 PASSING = frozenset({408, 409, 425, 429})
 """And 5xx: the same request may succeed later."""
 
-LONGEST_WAIT = 60.0
-LONGEST_RETRY_AFTER = 600.0
-"""A server that asks for more than this is not waited for: the request fails in passing, and goes in another submit."""
+REFUSING = frozenset({401, 402, 407})
+"""No request will do better: the key, or what is left on the account."""
 
-PROBE_SECONDS = 2.0
+SUSPECT = frozenset({403, 404, 405, 410})
+"""And 3xx: a wrong path, model or key if all requests get it; a request's own fault if it alone does."""
+
+MOST_SUSPECTS = 10
+
+LONGEST_WAIT = 60.0
+CONNECT_SECONDS = 30.0
 UNSENT_TRIES = 1000
 """A bound for tries that never reached a server: they cost nothing, and `patience` ends them first."""
 
@@ -70,104 +77,101 @@ class Pacing(msgspec.Struct, frozen=True, kw_only=True):
     patience: float = 300.0
 
 
-class Endpoint:
-    """One server. `url` ends with the version (`…/v1`)."""
-
-    def __init__(self, url: str, key: Key | None = None) -> None:
-        self.url = url
-        self.key = key
-        self.busy = 0
-        self.up = True
-        self.not_before = 0.0
-        self.done = 0
-        self.proxy = _proxy_of(url)
-        self.headers = {"authorization": f"Bearer {key.value}"} if key is not None else {}
-        self.post_headers = {"content-type": "application/json", **self.headers}
-
-    def address(self, path: str) -> str:
-        """Where requests to `path` go: `/v1/…` below the base, others (`/score`) beside its version."""
-        if path.startswith("/v1/"):
-            return self.url + path[3:]
-        return self.url.removesuffix("/v1") + path
-
-
-class NoEndpointError(Exception):
-    """No endpoint has answered for as long as `patience` says."""
-
-
 class _PassingError(Exception):
-    """A try that failed in passing; `after` is what the server asks to wait, in seconds. `sent`: it may have reached
+    """A try that failed in passing. `after` is what the server asks to wait, in seconds. `sent`: it may have reached
     the server, and counts as a try."""
 
-    def __init__(self, reply: Reply, *, after: float | None = None, sent: bool = True) -> None:
+    def __init__(self, endpoint: Endpoint, reply: Reply, *, after: float | None = None, sent: bool = True) -> None:
         super().__init__(reply.message)
+        self.endpoint = endpoint
         self.reply = reply
         self.after = after
         self.sent = sent
 
 
 class Client:
-    """Makes calls at several endpoints at once. `say` is told when an endpoint goes down or comes back; `check` is
-    called while none answers, and may raise what makes waiting senseless."""
+    """Makes calls at several endpoints at once. `probe`, `say` and `check` are those of `Rotation`."""
 
     def __init__(
         self,
         endpoints: list[Endpoint],
         pacing: Pacing,
+        *,
+        probe: Callable[[aiohttp.ClientSession, Endpoint], Awaitable[str | None]],
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._check = check
         self._endpoints = endpoints
         self._pacing = pacing
-        self._say = say
-        self._probes: set[asyncio.Task[None]] = set()
+        self._rotation = Rotation(
+            endpoints,
+            concurrency=pacing.concurrency,
+            patience=pacing.patience,
+            probe=lambda endpoint: probe(self._session, endpoint),
+            say=say,
+            check=check,
+        )
         self._next_start = 0.0
-        self._waiting = 0
-        self._down_since: float | None = None
+        self._suspects: dict[Endpoint, list[Reply]] = {endpoint: [] for endpoint in endpoints}
+        self._failure: NoEndpointError | RefusingError | None = None
 
     async def run(self, source: Iterator[Call], done: Callable[[Reply], None]) -> None:
         """Make all calls of `source`, which is read as slots become free, and give each reply to `done`.
 
-        Raises `NoEndpointError`, and whatever `source` or `done` raise, having cancelled what was under way.
+        Raises `NoEndpointError` and `RefusingError`, when the calls under way have ended; whatever `source` or `done`
+        raise, having cancelled these.
         """
         import aiohttp
         from aiolimiter import AsyncLimiter
 
-        self._free = asyncio.Condition()
         pacing = self._pacing
+        self._done = done
         self._requests = AsyncLimiter(pacing.requests_per_minute, 60) if pacing.requests_per_minute else None
         self._tokens = AsyncLimiter(pacing.tokens_per_minute, 60) if pacing.tokens_per_minute else None
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
-        timeout = aiohttp.ClientTimeout(total=pacing.timeout, connect=30.0)
+        timeout = aiohttp.ClientTimeout(total=pacing.timeout, connect=min(CONNECT_SECONDS, pacing.timeout))
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=True) as session:
             self._session = session
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(pacing.concurrency * len(self._endpoints)):
-                        group.create_task(self._work(source, done))
+                        group.create_task(self._work(source))
             except BaseExceptionGroup as found:
                 raise found.exceptions[0] from None  # the first; the others were cancelled for it
             finally:
-                for probe in self._probes:
-                    probe.cancel()
+                self._rotation.stop()
+        for endpoint, held in self._suspects.items():
+            if held and self._failure is None and not (endpoint.done and endpoint.up):
+                self._failure = RefusingError(endpoint, held[0].status, held[0].body)
+        if self._failure is not None:
+            raise self._failure
+        for endpoint in self._endpoints:
+            self._clear(endpoint)
 
-    async def _work(self, source: Iterator[Call], done: Callable[[Reply], None]) -> None:
-        for call in source:
-            done(await self._answer(call))
+    async def _work(self, source: Iterator[Call]) -> None:
+        while self._failure is None and (call := next(source, None)) is not None:
+            try:
+                reply = await self._answer(call)
+            except (NoEndpointError, RefusingError) as exc:
+                self._failure = exc
+                self._rotation.close(exc)
+                return
+            if reply is not None:
+                self._done(reply)
 
-    async def _answer(self, call: Call) -> Reply:
-        """The reply after as many tries as it takes; the last one's, where none was a success."""
+    async def _answer(self, call: Call) -> Reply | None:
+        """The reply after as many tries as it takes; the last one's, where none was a success. None: it is kept among
+        the suspects."""
         try:
             return await self._try(call)
         except _PassingError as exc:
             return await self._answer_again(call, exc)
 
-    async def _answer_again(self, call: Call, first: _PassingError) -> Reply:
+    async def _answer_again(self, call: Call, first: _PassingError) -> Reply | None:
         """Go on behind the try that has failed with `first`."""
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
-        tries, failed = 0, [first]
+        tries, avoid, failed = 0, first.endpoint, [first]
 
         def over(state: RetryCallState) -> bool:
             return tries >= self._pacing.tries or stop_after_attempt(UNSENT_TRIES)(state)
@@ -180,80 +184,22 @@ class Client:
                     try:
                         if failed:
                             raise failed.pop()
-                        return msgspec.structs.replace(await self._try(call), tries=tries + 1)
+                        reply = await self._try(call, avoid)
+                        return reply if reply is None else msgspec.structs.replace(reply, tries=tries + 1)
                     except _PassingError as exc:
-                        tries += exc.sent
+                        tries, avoid = tries + exc.sent, exc.endpoint
                         raise
         except _PassingError as exc:
             return msgspec.structs.replace(exc.reply, tries=max(tries, 1))
         raise AssertionError("a call ends with a reply or an exception")
 
-    async def _try(self, call: Call) -> Reply:
-        endpoint = await self._take()
+    async def _try(self, call: Call, avoid: Endpoint | None = None) -> Reply | None:
+        await self._hold_back(call)
+        endpoint = await self._start(avoid)
         try:
-            await self._hold_back(call)
             return await self._post(endpoint, call)
         finally:
-            endpoint.busy -= 1
-            if self._waiting:
-                async with self._free:
-                    self._free.notify()
-
-    # -- endpoints
-
-    async def _take(self) -> Endpoint:
-        """A free slot at the least busy endpoint that is up. Waits for one."""
-        while True:
-            now = time.monotonic()
-            usable = [e for e in self._endpoints if e.up and e.busy < self._pacing.concurrency and e.not_before <= now]
-            if usable:
-                self._down_since = None
-                found = min(usable, key=lambda endpoint: endpoint.busy)
-                found.busy += 1
-                return found
-            await self._wait_for_slot(now)
-
-    async def _wait_for_slot(self, now: float) -> None:
-        pauses = [
-            endpoint.not_before - now for endpoint in self._endpoints if endpoint.up and endpoint.not_before > now
-        ]
-        if not any(endpoint.up for endpoint in self._endpoints):
-            self._check()
-            self._down_since = self._down_since if self._down_since is not None else now
-            if now - self._down_since > self._pacing.patience:
-                raise NoEndpointError("no endpoint answers")
-            pauses.append(PROBE_SECONDS)
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(min(pauses, default=PROBE_SECONDS)), self._free:
-                await self._free.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._waiting -= 1
-
-    def _set_aside(self, endpoint: Endpoint, why: str) -> None:
-        if endpoint.up:
-            endpoint.up = False
-            self._say(f"{endpoint.url} is down ({why}); its requests go to others until it answers again")
-            probe = asyncio.get_running_loop().create_task(self._probe(endpoint))
-            self._probes.add(probe)
-            probe.add_done_callback(self._probes.discard)
-
-    async def _probe(self, endpoint: Endpoint) -> None:
-        """Until the endpoint answers again: with any status but 5xx, since not all have a list of models."""
-        while not endpoint.up:
-            await asyncio.sleep(PROBE_SECONDS)
-            with contextlib.suppress(Exception):  # whatever is wrong, it is down still
-                async with self._session.get(
-                    endpoint.url + "/models", headers=endpoint.headers, proxy=endpoint.proxy
-                ) as response:
-                    endpoint.up = response.status < 500
-        self._say(f"{endpoint.url} answers again")
-        async with self._free:
-            self._free.notify_all()
-
-    # -- one try
+            self._rotation.release(endpoint)  # nothing is awaited behind a whole 200: a cancellation would lose it
 
     async def _hold_back(self, call: Call) -> None:
         """Wait for what the limits allow."""
@@ -261,86 +207,129 @@ class Client:
             await self._requests.acquire()
         if self._tokens is not None and call.tokens:
             await self._tokens.acquire(min(call.tokens, self._tokens.max_rate))
-        if self._pacing.delay:
-            start = max(self._next_start, time.monotonic())
-            self._next_start = start + self._pacing.delay
-            await asyncio.sleep(start - time.monotonic())
 
-    async def _post(self, endpoint: Endpoint, call: Call) -> Reply:
+    async def _start(self, avoid: Endpoint | None) -> Endpoint:
+        """A slot at an endpoint, at a moment when a call may start."""
+        while True:
+            endpoint = await self._rotation.take(avoid)
+            if not self._pacing.delay:
+                return endpoint
+            try:
+                start = max(self._next_start, time.monotonic())
+                self._next_start = start + self._pacing.delay
+                await asyncio.sleep(start - time.monotonic())
+            except BaseException:
+                self._rotation.release(endpoint)
+                raise
+            if self._rotation.is_open(endpoint, time.monotonic()):
+                return endpoint
+            self._rotation.release(endpoint)  # it asked for a pause meanwhile
+
+    # -- one try
+
+    async def _post(self, endpoint: Endpoint, call: Call) -> Reply | None:
         try:
-            async with self._session.post(
+            response = await self._session.post(
                 endpoint.address(call.url),
                 data=call.body,
                 headers=endpoint.post_headers,
                 allow_redirects=False,
                 proxy=endpoint.proxy,
-            ) as response:
+            )
+            try:
                 body = await response.read()
-                return self._judge(endpoint, call, response, body)
-        except TimeoutError as exc:
-            message = f"no answer within {self._pacing.timeout:g} s"
-            raise _PassingError(_nothing(endpoint, call, message)) from exc
+            finally:
+                response.release()
         except Exception as exc:
             if not (calls.is_of_network(exc) or isinstance(exc, OSError)):
                 raise
             raise self._cut_off(endpoint, call, exc) from exc
+        return self._judge(endpoint, call, response, body)
 
     def _cut_off(self, endpoint: Endpoint, call: Call, exc: Exception) -> _PassingError:
         import aiohttp
 
         message = f"{type(exc).__name__}: {exc}"
-        if isinstance(exc, aiohttp.ClientConnectorError):
-            self._set_aside(endpoint, message)
-            return _PassingError(_nothing(endpoint, call, message), sent=False)
-        return _PassingError(_nothing(endpoint, call, message))
+        if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            self._rotation.set_aside(endpoint, message)
+            return _PassingError(endpoint, _nothing(endpoint, call, message), sent=False)
+        if isinstance(exc, TimeoutError):
+            message = f"no answer within {self._pacing.timeout:g} s"
+        self._rotation.failed(endpoint, message)
+        return _PassingError(endpoint, _nothing(endpoint, call, message))
 
-    def _judge(self, endpoint: Endpoint, call: Call, response: aiohttp.ClientResponse, body: bytes) -> Reply:
-        """The reply, or `_PassingError` where another try may do better."""
+    def _judge(self, endpoint: Endpoint, call: Call, response: aiohttp.ClientResponse, body: bytes) -> Reply | None:
+        """The reply, or `_PassingError` where another try may do better; `RefusingError` where no request will."""
         status = response.status
+        success = 200 <= status < 300
         reply = Reply(
             key=call.key,
             status=status,
-            body=body if endpoint.key is None else endpoint.key.hide_bytes(body),
+            body=body if endpoint.key is None or success else endpoint.key.hide_bytes(body),
             request_id=response.headers.get("x-request-id"),
-            message=None if status < 400 else f"status {status}",
+            message=None if success else f"status {status}",
             endpoint=endpoint.url,
         )
         if status in PASSING or status >= 500:
-            after = _retry_after(response.headers.get("retry-after"))
-            if after is not None:
-                if after > LONGEST_RETRY_AFTER:
-                    return reply
-                endpoint.not_before = max(endpoint.not_before, time.monotonic() + after)
-            raise _PassingError(reply, after=after)
-        endpoint.done += 1
+            raise self._passing(endpoint, reply, _retry_after(response.headers.get("retry-after")))
+        if success and not _says_its_length(response) and not responses.is_json(body):
+            message = "the answer ended too early"
+            self._rotation.failed(endpoint, message)
+            raise _PassingError(endpoint, _nothing(endpoint, call, message))
+        if status in REFUSING:
+            raise RefusingError(endpoint, status, reply.body)
+        if status in SUSPECT or 300 <= status < 400:
+            return self._suspect(endpoint, reply)
+        self._rotation.answered(endpoint)
+        if self._suspects[endpoint]:
+            self._clear(endpoint)
         return reply
 
+    def _passing(self, endpoint: Endpoint, reply: Reply, after: float | None) -> _PassingError:
+        if after is not None:
+            self._rotation.pause(endpoint, after)
+        if reply.status >= 500:
+            self._rotation.failed(endpoint, reply.message or "")
+        return _PassingError(endpoint, reply, after=after)
 
-def _proxy_of(url: str) -> str | None:
-    """The proxy that the environment names for a URL. Asked once: aiohttp's own way asks for each request."""
-    import urllib.request
-    from urllib.parse import urlsplit
+    def _suspect(self, endpoint: Endpoint, reply: Reply) -> Reply | None:
+        """Hold the reply back until it is clear whether all requests get the like. None, or the reply if it is the
+        request's own fault."""
+        held = self._suspects[endpoint]
+        if len(held) < MOST_SUSPECTS or not endpoint.up or not endpoint.done:
+            held.append(reply)
+            if len(held) >= MOST_SUSPECTS and not endpoint.done:
+                raise RefusingError(endpoint, reply.status, reply.body)
+            if len(held) == MOST_SUSPECTS:
+                self._rotation.set_aside(endpoint, f"{MOST_SUSPECTS} refusals in a row, the last: {reply.message}")
+            return None
+        self._rotation.answered(endpoint)  # it was asked meanwhile, and is well
+        self._clear(endpoint)
+        return reply
 
-    parts = urlsplit(url)
-    if urllib.request.proxy_bypass(parts.hostname or ""):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)
+    def _clear(self, endpoint: Endpoint) -> None:
+        held, self._suspects[endpoint] = self._suspects[endpoint], []
+        for reply in held:
+            self._done(reply)
 
 
 def _nothing(endpoint: Endpoint, call: Call, message: str) -> Reply:
     return Reply(key=call.key, status=0, message=message, endpoint=endpoint.url)
 
 
+def _says_its_length(response: aiohttp.ClientResponse) -> bool:
+    """Whether aiohttp itself notices a body that ends too early."""
+    return "content-length" in response.headers or "chunked" in response.headers.get("transfer-encoding", "").lower()
+
+
 def _wait(state: RetryCallState) -> float:
-    """What the server asks for, else exponential with jitter; nothing for a try that never left."""
+    """Exponential with jitter; nothing for a try that never left, or where the server has said how long (its pause is
+    kept by all calls)."""
     from tenacity import wait_random_exponential
 
     failure = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(failure, _PassingError):
-        if not failure.sent:
-            return 0.0
-        if failure.after is not None:
-            return failure.after
+    if isinstance(failure, _PassingError) and (not failure.sent or failure.after is not None):
+        return 0.0
     return float(wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)(state))
 
 

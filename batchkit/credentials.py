@@ -27,7 +27,7 @@ class Key:
         return _LIKE_A_KEY.sub(HIDDEN, text.replace(self.value, HIDDEN))
 
     def hide_bytes(self, data: bytes) -> bytes:
-        """`data`, mostly without a copy, without this key. A short one is a placeholder (EMPTY, test): answers that
+        """`data`, mostly without a copy, without this key. A short one is a placeholder (EMPTY, test): responses that
         happen to hold such a word stay as they are."""
         key = self.value.encode()
         return data.replace(key, HIDDEN.encode()) if len(key) >= SECRET_BYTES and key in data else data

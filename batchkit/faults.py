@@ -66,7 +66,7 @@ def _may_pass(status: int | None, known: int | None, words: tuple[Any, ...]) -> 
         return any(isinstance(word, str) and _PASSING_WORDS.search(word) for word in words)
     if status is None and known in _GRPC_CODES:
         return known in _GRPC_PASSING
-    return known in (0, 408, 409, 429) or known >= 500
+    return known in (0, 408, 409, 425, 429) or known >= 500
 
 
 def _describe(error: Any, body: Any) -> tuple[str | None, str | int | None, str | None]:

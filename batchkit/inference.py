@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,21 @@ from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.storage import write_whole
 from batchkit.submission import submit
+from batchkit.tasks import BATCH_KEYS, DEFAULT_IMAGE_FIELD
 
 Id = str | int
 RETRIED = frozenset({Verdict.FAILED, Verdict.EXPIRED, Verdict.MISSING})
+
+OURS_OF_PREPARE = {
+    **dict.fromkeys(("start", "end", "limit"), "give infer the rows that are meant, or name their ids with only="),
+    **dict.fromkeys(("model", "backend", "progress"), "it is an argument of infer itself"),
+}
+OURS_OF_SUBMIT = {
+    "retry": "retry_failed=True asks again what failed",
+    "positions": "only= names the ids of the rows that are meant",
+    "limit": "give infer the rows that are meant, or name their ids with only=",
+}
+"""Options that infer sets itself, and what to do instead."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -34,7 +47,7 @@ def infer(
     model: str,
     backend: Backend = "server",
     run: str | Path | None = None,
-    only: Collection[Id] | None = None,
+    only: Iterable[Id] | None = None,
     retry_failed: bool = False,
     parse: str = "text",
     id_field: str = "id",
@@ -50,16 +63,20 @@ def infer(
     asks again what failed. `prepare_options` and `submit_options` are those of `prepare` and `submit`.
 
     Everything is kept in the run directory `run` (one in the user's cache, named by the rows and the options, unless
-    given): called again, also after a kill, it asks only what has no answer. Works on lists and iterators, in scripts
+    given; there the sizes and times of image files count, too): called again, also after a kill, it asks only what has
+    no answer. Works on lists and iterators, in scripts
     and in notebooks. Raises what `prepare`, `submit` and `merge` raise, and `InputError` for rows that it cannot take.
     """
+    _refuse_ours("prepare_options has", prepare_options or {}, OURS_OF_PREPARE)
+    _refuse_ours("infer has no option", submit_options, OURS_OF_SUBMIT)
     lines, positions = _as_lines(rows, id_field)
     wanted = None if only is None else _chosen(positions, only)
-    options = dict(prepare_options or {})
+    options = {name: _plain(value) for name, value in (prepare_options or {}).items()}
+    if lines and not msgspec.json.decode(lines[0]).keys() >= BATCH_KEYS:  # requests name no files
+        options.setdefault("image_root", str(Path.cwd()))
     folder = Path(run).expanduser().absolute() if run is not None else _cached(lines, model, backend, options)
     tasks = folder.with_name(folder.name + ".tasks.jsonl")
     _write_tasks(tasks, lines)
-    options.setdefault("image_root", str(Path.cwd()))
     prepare(tasks, folder, model=model, backend=backend, progress=progress, **options)
     submit(
         folder,
@@ -70,6 +87,12 @@ def infer(
     )
     merge(folder, parse=parse)
     return _answers(Run.open(folder), list(positions), wanted)
+
+
+def _refuse_ours(what: str, given: Mapping[str, Any], ours: Mapping[str, str]) -> None:
+    for name in given:
+        if name in ours:
+            raise UsageError(f"{what} {name!r}", hint=ours[name])
 
 
 def _as_lines(rows: Iterable[Mapping[str, Any]], id_field: str) -> tuple[list[bytes], dict[Id, int]]:
@@ -107,11 +130,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _chosen(positions: Mapping[Id, int], only: Collection[Id]) -> frozenset[int]:
-    unknown = [one for one in only if one not in positions]
-    if unknown:
-        raise UsageError(f"only= names {unknown[0]!r}, which is the id of no row")
-    return frozenset(positions[one] for one in only)
+def _chosen(positions: Mapping[Id, int], only: Iterable[Id]) -> frozenset[int]:
+    chosen = set()
+    for one in only:
+        if one not in positions:
+            raise UsageError(f"only= names {one!r}, which is the id of no row")
+        chosen.add(positions[one])
+    return frozenset(chosen)
 
 
 def _cached(lines: Sequence[bytes], model: str, backend: str, options: Mapping[str, Any]) -> Path:
@@ -119,11 +144,28 @@ def _cached(lines: Sequence[bytes], model: str, backend: str, options: Mapping[s
     import platformdirs
 
     digest = xxhash.xxh3_128(_encode([model, backend, sorted(options.items()), str(Path.cwd())]))
+    names = options.get("image_field") or (DEFAULT_IMAGE_FIELD,)
+    root = Path(options.get("image_root", "."))
     for line in lines:
         digest.update(line)
+        digest.update(_file_states(line, names, root))
     folder = Path(platformdirs.user_cache_dir("batchkit")) / "infer"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / digest.hexdigest()[:20]
+
+
+def _file_states(line: bytes, names: Sequence[str], root: Path) -> bytes:
+    """Sizes and times of the image files that a row names: another picture behind the same path is another question."""
+    states = []
+    fields = msgspec.json.decode(line)
+    for name in names:
+        value = fields.get(name)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and not path.startswith("data:"):
+                with contextlib.suppress(OSError, ValueError):
+                    stat = (root / path.removeprefix("file://")).stat()
+                    states.append((stat.st_size, stat.st_mtime_ns))
+    return _encode(states)
 
 
 def _write_tasks(path: Path, lines: Sequence[bytes]) -> None:

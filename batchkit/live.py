@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 import msgspec
@@ -24,7 +25,7 @@ from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
-from batchkit.responses import ANSWERS, UnreadableLine, parse
+from batchkit.responses import ANSWERS, UnreadableLine, decode, parse
 from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.shardfiles import request_views
 from batchkit.storage import cut_torn_line, sync_folder
@@ -73,7 +74,7 @@ class _Open(msgspec.Struct):
                 written += os.write(descriptor, line[written:])
         except OSError as exc:
             os.ftruncate(descriptor, self.size)
-            raise _not_written(self.stream, exc) from exc
+            raise _not_written(self.stream.name, exc) from exc
         self.size += len(line)
         self.dirty = True
 
@@ -82,13 +83,13 @@ class _Open(msgspec.Struct):
         try:
             os.fsync(self.stream.fileno())
         except OSError as exc:
-            raise _not_written(self.stream, exc) from exc
+            raise _not_written(self.stream.name, exc) from exc
         self.dirty = False
 
 
-def _not_written(stream: IO[bytes], exc: OSError) -> StorageError:
+def _not_written(path: str | Path, exc: OSError) -> StorageError:
     return StorageError(
-        f"{stream.name}: cannot be written: {exc.strerror or exc}",
+        f"{path}: cannot be written: {exc.strerror or exc}",
         hint="free some disk space and run the same command again: it goes on where it stopped",
     )
 
@@ -149,7 +150,10 @@ class Live:
         job.attempts.append(attempt)
         self._run.write_job(job)
         path = self._run.responses_path(seal.shard, attempt.number)
-        stream = open(path, "ab", buffering=0)  # noqa: SIM115  # closed with the shard
+        try:
+            stream = open(path, "ab", buffering=0)  # noqa: SIM115  # closed with the shard
+        except OSError as exc:
+            raise _not_written(path, exc) from exc
         sync_folder(path.parent)
         self._open[seal.shard, attempt.number] = _Open(seal, attempt, stream, count, stream.tell())
         return attempt.number
@@ -213,7 +217,8 @@ def _split(line: memoryview, *, foreign: bool) -> tuple[str, str, memoryview]:
 
 
 def as_line(custom_id: str, reply: Reply) -> bytes:
-    """A reply as a line of batch output, with its line feed. The server's JSON stays as it is but for line feeds."""
+    """A reply as a line of batch output, with its line feed. The server's JSON stays as it is but for line feeds, and
+    for what JSON does not allow (NaN, a byte order mark): that is mended, for the answer may be whole."""
     if reply.status == 0:
         error = {"code": "no_answer", "message": f"{reply.message} (tried {reply.tries} times)"}
         line = {
@@ -230,7 +235,10 @@ def as_line(custom_id: str, reply: Reply) -> bytes:
         _check(body)
         body = msgspec.json.format(body, indent=-1) if b"\n" in body or b"\r" in body else body
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        body = _encode({"error": {"message": body[:1000].decode("utf-8", "replace") or "an empty answer"}})
+        try:
+            body = _encode(decode(body))
+        except UnreadableLine:
+            body = _encode({"error": {"message": body[:1000].decode("utf-8", "replace") or "an empty answer"}})
     return head + _encode(reply.request_id) + b',"body":' + body + b'},"error":null}\n'
 
 

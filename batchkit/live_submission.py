@@ -13,6 +13,7 @@ from batchkit.backends import server
 from batchkit.backends.vllm import Vllm
 from batchkit.batch_submission import count
 from batchkit.client import Endpoint, Pacing
+from batchkit.errors import UsageError
 from batchkit.handover import Settings
 from batchkit.limits import LIMITS
 from batchkit.live import Live
@@ -21,7 +22,7 @@ from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.runs import Run, Seal, now
 from batchkit.serving import Serving
-from batchkit.work import Leases
+from batchkit.work import Leases, Scan
 
 BACKENDS = frozenset({"server", "vllm"})
 """Whose attempts have no engine folder, and are closed when they are found without their process."""
@@ -59,10 +60,11 @@ def submit_live(
 ) -> SubmitReport:
     """`submit` for the backend `server`, of the shards `chosen`."""
     endpoints = server.parse_endpoints(keywords.get("endpoints", ()), key_env)
+    pacing = pacing_of(keywords)
+    if (report := _if_nothing_is_due(run, chosen, common)) is not None:
+        return report
     server.check(endpoints, run.manifest.model, progress.say)
-    return ask_servers(
-        run, seals, chosen, endpoints, backend="server", common=common, progress=progress, pacing=pacing_of(keywords)
-    )
+    return ask_servers(run, seals, chosen, endpoints, backend="server", common=common, progress=progress, pacing=pacing)
 
 
 def submit_served(
@@ -76,13 +78,11 @@ def submit_served(
     keywords: ServerKeywords,
 ) -> SubmitReport:
     """`submit` for vLLM's own servers, which are started for it."""
-    report = SubmitReport()
-    count(run, chosen, report, attempts=common.attempts, retry=common.retry)
-    if report.remaining == report.in_flight:
+    pacing = pacing_of(keywords)
+    if (report := _if_nothing_is_due(run, chosen, common)) is not None:
         return report
     session = f"{now().replace(':', '')}-{os.getpid()}"
     serving = Serving(runner, run.path / "servers" / session, progress)
-    pacing = pacing_of(keywords)
     pacing = msgspec.structs.replace(
         pacing, concurrency=keywords.get("concurrency") or SERVED_CONCURRENCY, patience=float("inf")
     )
@@ -100,7 +100,24 @@ def submit_served(
         )
 
 
+def _if_nothing_is_due(run: Run, chosen: Sequence[Seal], common: Settings) -> SubmitReport | None:
+    """The report where there is nothing to send: then no server is needed."""
+    scan = Scan(run, chosen, attempts=common.attempts, retry=common.retry, only=common.only)
+    if scan.due and common.limit != 0:
+        return None
+    report = SubmitReport()
+    count(run, chosen, report, attempts=common.attempts)
+    return report
+
+
 def pacing_of(keywords: ServerKeywords) -> Pacing:
+    """Raises `UsageError` for what is out of range."""
+    for name in ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout"):
+        value = keywords.get(name)
+        if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}; it must be more than 0")
+    if not 0 <= (keywords.get("rate_limit_delay") or 0.0) < float("inf"):
+        raise UsageError("--rate-limit-delay must not be less than 0")
     return Pacing(
         concurrency=keywords.get("concurrency") or PACING.concurrency,
         timeout=keywords.get("timeout") or PACING.timeout,
@@ -130,8 +147,7 @@ def ask_servers(
     with Leases(run) as leases:
         if recovered := live.recover(run, seals, BACKENDS, leases):
             progress.say(f"went on with {recovered} shards that an earlier batchkit left in the middle")
-        count(run, chosen, report, attempts=common.attempts, retry=common.retry)
-        due = report.remaining - report.in_flight
+        due = Scan(run, chosen, attempts=common.attempts, retry=common.retry, only=common.only).due
         progress.grow(due if common.limit is None else min(due, common.limit))
         queue = Queue(run, chosen, limits=LIMITS["server"], settings=common, leases=leases, release=lambda: None)
         work = Live(
@@ -144,7 +160,7 @@ def ask_servers(
             count_tokens=pacing.tokens_per_minute > 0,
         )
         try:
-            server.ask(endpoints, pacing, work.calls(), work.take, say=progress.say, check=check)
+            server.ask(endpoints, run.manifest.model, pacing, work.calls(), work.take, say=progress.say, check=check)
         finally:
             work.stop()
         if queue.busy is not None and not report.sent:

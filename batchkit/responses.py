@@ -119,7 +119,7 @@ def parse(line: bytes) -> Response:
 
 
 def _parse_any(line: bytes) -> Response:
-    fields = _decode(line)
+    fields = decode(line)
     if not isinstance(fields, dict):
         raise UnreadableLine("not a JSON object")
     returned, error = fields.get("response"), fields.get("error")
@@ -180,8 +180,9 @@ def _failure(custom_id: str, status: int | None, error: Any, body: Any) -> Respo
     )
 
 
-def _decode(line: bytes) -> Any:
-    """Decode a line, also one with NaN, half a surrogate pair or broken UTF-8: its answer may have been paid for."""
+def decode(line: bytes) -> Any:
+    """Decode JSON, also with NaN, half a surrogate pair, a byte order mark or broken UTF-8: what it says may have been
+    paid for. Raises `UnreadableLine`."""
     try:
         return _decode_any(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -192,6 +193,15 @@ def _decode(line: bytes) -> Any:
         return _clean(json.loads(line.decode("utf-8", "replace").lstrip("\ufeff")))
     except (ValueError, RecursionError) as exc:
         raise UnreadableLine(f"not JSON: {exc}") from exc
+
+
+def is_json(data: bytes) -> bool:
+    """Whether `decode` can read it."""
+    try:
+        decode(data)
+    except UnreadableLine:
+        return False
+    return True
 
 
 def _clean(value: Any) -> Any:

@@ -193,7 +193,10 @@ def discard(run: Run | str | Path) -> int:
 def _refuse_foreign(backend: str, others: OtherKeywords) -> None:
     """Refuse options of other backends: one that is ignored in silence would be believed to work."""
     of_servers = frozenset(ServerKeywords.__annotations__)
+    known = of_servers | frozenset(ServiceKeywords.__annotations__)
     for name, value in others.items():
+        if name not in known:
+            raise UsageError(f"submit has no option {name!r}", hint="batchkit submit --help lists them")
         given = value not in (None, ()) and value is not (name == "wait")
         kind = "live servers" if name in of_servers else "batch services"
         fits = (

@@ -17,8 +17,8 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """`faults` are used up in order, one a request. `answered` counts the whole 200s by question, `times` has when each
-    request came."""
+    """`faults` are used up in order, one a request; `always` is for those behind them. `answered` counts
+    the whole 200s by question, `times` has when each request came; `elsewhere` is where its list of models moved."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -27,12 +27,14 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.faults: deque[Callable[[Handler], bool]] = deque()
+        self.always: Callable[[Handler], bool] | None = None
         self.answered: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.bodies: list[bytes] = []
         self.times: list[float] = []
         self.models = ["m"]
         self.key: str | None = None
+        self.elsewhere: str | None = None
         self.delay = 0.0
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
@@ -49,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.key is not None and self.headers.get("authorization") != f"Bearer {self.server.key}":
             self.send(401, {"error": {"message": f"no such key: {self.headers.get('authorization')}"}})
+        elif self.server.elsewhere is not None:
+            self.send(307, {}, {"location": self.server.elsewhere})
         elif self.path == "/v1/models":
             self.send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
         else:
@@ -67,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             server.times.append(time.monotonic())
             if len(server.bodies) < 10:
                 server.bodies.append(raw)
-            fault = server.faults.popleft() if server.faults else None
+            fault = server.faults.popleft() if server.faults else server.always
         try:
             if fault is not None and fault(self):
                 return
@@ -145,6 +149,24 @@ def nonsense(handler: Handler) -> bool:
     handler.end_headers()
     handler.wfile.write(data)
     return True
+
+
+def whole(body: bytes, *, length: bool = True) -> Callable[[Handler], bool]:
+    """A 200 with just this body; without its length the end of the connection ends it."""
+
+    def fault(handler: Handler) -> bool:
+        handler.send_response(200)
+        if length:
+            handler.send_header("content-length", str(len(body)))
+        else:
+            handler.send_header("connection", "close")
+        handler.end_headers()
+        handler.wfile.write(body)
+        if not length:
+            handler.hang_up()
+        return True
+
+    return fault
 
 
 def fine(_: Handler) -> bool:

@@ -107,3 +107,51 @@ def test_rows_that_cannot_be_taken_are_named(server: Server, tmp_path: Path) -> 
     with pytest.raises(RunError, match=r"had .* bytes when the run was prepared"):
         ask(server, rows(11), run=tmp_path / "run")
     assert issubclass(RunError, BatchkitError)
+
+
+# -- what people get wrong --------------------------------------------------------------------------------------------
+
+
+def test_only_may_be_a_generator(server: Server) -> None:
+    assert ask(server, rows(), only=(f"r{n}" for n in (1, 3))) == {"r1": "answer to q1", "r3": "answer to q3"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prepare_options": {"limit": 3}}, "prepare_options has 'limit'"),
+        ({"prepare_options": {"start": 3}}, "prepare_options has 'start'"),
+        ({"prepare_options": {"max_tokenz": 3}}, "--max-tokenz"),
+        ({"retry": {"failed"}}, "no option 'retry'"),
+        ({"concurency": 3}, "no option 'concurency'"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any], message: str, server: Server) -> None:
+    with pytest.raises(UsageError, match=message):
+        ask(server, rows(), **options)
+    assert not server.asked
+
+
+def test_rows_in_batch_format_and_a_root_as_a_path(server: Server, tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "q1"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    assert ask(server, [line], id_field="custom_id") == {"a": "answer to q1"}
+    options = {"image_root": tmp_path}
+    assert ask(server, [{"image": save(tmp_path, "red"), "question": "q"}], prepare_options=options) == {
+        0: "answer to q"
+    }
+
+
+def test_another_picture_behind_the_same_path_is_another_question(server: Server, tmp_path: Path) -> None:
+    row = {"image": save(tmp_path, "red"), "question": "q"}
+    for _ in range(2):
+        ask(server, [row])
+    assert server.asked.total() == 1
+    save(tmp_path, "blue")
+    ask(server, [row])
+    assert server.asked.total() == 2
+
+
+def save(folder: Path, colour: str) -> str:
+    Image.new("RGB", (8, 8), colour).save(folder / "picture.png")
+    return "picture.png"

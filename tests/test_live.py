@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from batchkit import batch_submission, client, live_submission, outcomes
+from batchkit import batch_submission, client, live_submission, outcomes, rotation
 from batchkit.client import Pacing
 from batchkit.errors import CredentialsError, EngineError, StorageError, UsageError
 from batchkit.handover import Pace
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LONGEST_WAIT", 0.02)
-    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(rotation, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
 
 
@@ -189,6 +189,40 @@ def test_in_a_notebook_where_a_loop_runs_already(server: Server, make_run: MakeR
     assert asyncio.run(cell()).exit_code == 0
 
 
+def test_stopping_a_notebook_cell_stops_the_requests(server: Server, make_run: MakeRun) -> None:
+    run = make_run(400)
+    server.delay = 0.01
+
+    async def cell() -> None:
+        stop_after(0.4, lambda: send(run, server))
+
+    loop = asyncio.new_event_loop()  # as a notebook's: asyncio.run would have a handler of its own for Ctrl-C
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    loop.close()
+    asked = server.asked.total()
+    time.sleep(0.3)
+    assert 0 < server.asked.total() == asked < 400
+    kept = lines(run)
+    assert verdicts(run) == {"answered": kept, "pending": 400 - kept}
+    assert send(run, server).exit_code == 0
+
+
+def test_with_nothing_to_send_no_server_is_needed(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    assert send(run, server).exit_code == 0
+    assert submit(run, endpoints=["http://127.0.0.1:9"]).exit_code == 0
+    assert submit(run, backend="vllm", engine="serve").exit_code == 0
+
+
+def test_a_proxy_is_not_asked_for_this_machine(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert send(make_run(5), server).exit_code == 0
+
+
 # -- storms ----------------------------------------------------------------------------------------------------------
 
 
@@ -230,13 +264,26 @@ def test_retry_after_is_obeyed_by_all_requests_to_that_server(server: Server, ma
     assert server.times[1] - server.times[0] > 0.9
 
 
-def test_a_retry_after_of_an_hour_is_not_waited_for(server: Server, make_run: MakeRun) -> None:
-    run = make_run(5)
-    server.faults.append(fake_server.status(429, "come back later", retry_after="3600"))
-    report = send(run, server, concurrency=1)
-    assert verdicts(run) == {"answered": 4, "failed": 1}
-    assert report.exit_code == 8, "it failed in passing"
+def test_a_retry_after_of_an_hour_is_not_waited_for_and_nothing_more_is_sent(server: Server, make_run: MakeRun) -> None:
+    run = make_run(50)
+    server.faults.extend(
+        [fake_server.fine] * 10 + [fake_server.status(429, "come back later", retry_after="3600")] * 40
+    )
+    with pytest.raises(EngineError, match=r"asks to be left alone for 3,\d\d\d s"):
+        send(run, server, concurrency=2)
+    assert verdicts(run) == {"answered": 10, "pending": 40}
+    assert server.asked.total() <= 12
+    server.faults.clear()
     assert send(run, server).exit_code == 0
+
+
+def test_while_one_server_pauses_the_other_goes_on(server: Server, make_run: MakeRun) -> None:
+    run = make_run(60)
+    with fake_server.running() as other:
+        other.always = fake_server.status(429, retry_after="3600")
+        assert send(run, server, other).exit_code == 0
+        assert other.asked.total() <= 6
+    assert_each_answered_by_its_own(run)
 
 
 def test_a_storm_of_everything_loses_nothing(server: Server, make_run: MakeRun) -> None:
@@ -366,6 +413,173 @@ def test_when_no_server_answers_any_more_it_stops_and_goes_on_later(make_run: Ma
     assert_each_answered_by_its_own(run)
 
 
+def test_a_server_that_fails_at_once_does_not_draw_the_requests_to_itself(server: Server, make_run: MakeRun) -> None:
+    run = make_run(150)
+    server.delay = 0.01
+    with fake_server.running() as broken:
+        broken.always = fake_server.status(502, "bad gateway")
+        said: list[str] = []
+
+        class Listener(Silent):
+            def say(self, message: str) -> None:
+                said.append(message)
+
+        assert send(run, broken, server, progress=Listener()).exit_code == 0
+        assert broken.asked.total() < 40
+    assert verdicts(run) == {"answered": 150}
+    down = [message for message in said if "is down" in message]
+    assert len(down) == 1
+    assert f"{broken.url} is down (12 failures in a row, the last: status 502)" in down[0]
+
+
+def test_a_server_that_only_fails_ends_the_submit_with_its_rows_pending(server: Server, make_run: MakeRun) -> None:
+    run = make_run(150)
+    server.faults.extend([fake_server.fine] * 20)
+    server.always = fake_server.status(500, "broken")
+    with pytest.raises(EngineError, match="no server has answered for"):
+        send(run, server)
+    found = verdicts(run)
+    assert found["answered"] == 20
+    assert found["pending"] > 100
+
+
+def test_a_server_whose_port_swallows_everything_is_set_aside(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "CONNECT_SECONDS", 0.3)
+    run = make_run(60)
+    with socket.socket() as hole, socket.socket() as one, socket.socket() as two:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for filler in (one, two):  # nobody accepts: further connections hang
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+        url = f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
+        monkeypatch.setattr("batchkit.backends.server.CHECK_SECONDS", 0.3)
+        assert submit(run, endpoints=[url, server.url]).exit_code == 0
+    assert server.answered.total() == 60
+
+
+# -- answers that are whole, and those that are not -------------------------------------------------------------------
+
+ANSWER = (
+    '{"id":"c","model":"m","usage":{"total_tokens":3,"loss":%s},'
+    '"choices":[{"message":{"content":"%s"},"finish_reason":"stop"}]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        ((ANSWER % ("NaN", "fine")).encode(), "fine"),
+        ((ANSWER % ("1E400", "fine")).encode(), "fine"),
+        (b"\xef\xbb\xbf" + (ANSWER % (1, "fine")).encode(), "fine"),
+        ((ANSWER % (1, "half \\ud83d of it")).encode(), "half \ufffd of it"),
+        ((ANSWER % (1, "broken \xff")).encode("latin-1"), "broken \ufffd"),
+        (json.dumps(json.loads(ANSWER % (1, "fine")), indent=2).encode(), "fine"),
+    ],
+    ids=["NaN", "1E400", "BOM", "half a surrogate pair", "broken UTF-8", "several lines"],
+)
+def test_an_answer_in_bad_json_is_an_answer(body: bytes, answer: str, server: Server, make_run: MakeRun) -> None:
+    run = make_run(1)
+    server.faults.append(fake_server.whole(body))
+    assert send(run, server).exit_code == 0
+    merge(run)
+    row = json.loads((run.path / "results.jsonl").read_bytes())
+    assert (row["raw_response"], row["batchkit"]["verdict"]) == (answer, "answered")
+    assert send(run, server).sent == 0
+    assert server.asked.total() == 1
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again_whether_its_length_is_known_or_not(
+    server: Server, make_run: MakeRun
+) -> None:
+    run = make_run(10)
+    body = (ANSWER % (1, "fine")).encode()
+    server.faults.append(fake_server.whole(body[:-20], length=False))
+    server.faults.append(fake_server.whole(body, length=False))
+    assert send(run, server, concurrency=1).exit_code == 0
+    assert server.asked.total() == 11
+    assert verdicts(run) == {"answered": 10}
+
+
+def test_an_answer_that_holds_the_key_stays_as_it_is(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(1)
+    server.key = "a-long-placeholder"
+    monkeypatch.setenv("MY_KEY", server.key)
+    server.faults.append(fake_server.whole((ANSWER % (1, "a-long-placeholder it is")).encode()))
+    send(run, server, api_key_env="MY_KEY")
+    merge(run)
+    assert json.loads((run.path / "results.jsonl").read_bytes())["raw_response"] == "a-long-placeholder it is"
+
+
+# -- servers that take no request at all -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [401, 402])
+def test_a_key_that_expires_in_the_middle_stops_with_the_rest_pending(
+    code: int, server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(200)
+    monkeypatch.setenv("MY_KEY", "some-key-of-mine")
+    server.faults.extend([fake_server.fine] * 20)
+    server.always = fake_server.status(code, "some-key-of-mine is over")
+    with pytest.raises(CredentialsError if code == 401 else EngineError) as caught:
+        send(run, server, api_key_env="MY_KEY")
+    assert "some-key" not in caught.value.message
+    assert verdicts(run) == {"answered": 20, "pending": 180}
+    assert server.asked.total() <= 26
+    server.always = None
+    assert send(run, server).exit_code == 0
+
+
+@pytest.mark.parametrize(("code", "rows"), [(404, 200), (403, 200), (307, 200), (404, 3)])
+def test_a_server_that_refuses_every_request_fails_none_of_them(
+    code: int, rows: int, server: Server, make_run: MakeRun
+) -> None:
+    run = make_run(rows)
+    server.always = fake_server.status(code, "not here", location="http://127.0.0.1:9/v1")
+    with pytest.raises((EngineError, CredentialsError)) as caught:
+        send(run, server)
+    assert server.url in caught.value.message
+    assert verdicts(run) == {"pending": rows}
+    assert server.asked.total() <= 16
+
+
+def test_single_requests_that_are_refused_are_failures_of_theirs(server: Server, make_run: MakeRun) -> None:
+    run = make_run(40)
+    weather = [fake_server.fine, fake_server.status(403, "flagged"), fake_server.status(404, "no such image")]
+    server.faults.extend(weather * 5 + [fake_server.status(403, "flagged")] * 12)
+    report = send(run, server)
+    assert verdicts(run) == {"answered": 18, "failed": 22}
+    assert (report.sent, report.responses, report.passing) == (40, 40, 0)
+    assert server.asked.total() == 40
+
+
+def test_a_server_that_comes_back_with_another_model_gets_nothing(server: Server, make_run: MakeRun) -> None:
+    run = make_run(100)
+    server.faults.extend([fake_server.fine] * 30)
+
+    def gone(handler: fake_server.Handler) -> bool:
+        handler.server.models = ["another"]
+        return fake_server.status(404, "the model m does not exist")(handler)
+
+    server.always = gone
+    with pytest.raises(EngineError, match="no server has answered"):
+        send(run, server)
+    assert verdicts(run) == {"answered": 30, "pending": 70}
+
+
+def test_a_redirect_is_told_before_anything_is_sent(server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+
+    server.elsewhere = "http://127.0.0.1:9/v1/models?key=abc"
+    with pytest.raises(EngineError, match=r"sends elsewhere \(http://127.0.0.1:9/v1/models\)"):
+        send(run, server)
+
+
 # -- before anything is sent -----------------------------------------------------------------------------------------
 
 
@@ -393,6 +607,19 @@ def test_what_is_wrong_with_a_server_is_told_before_anything_is_sent(
         submit(run, endpoints=[server.url, server.url + "/"])
     with pytest.raises(EngineError, match=r"no server answers: http://127\.0\.0\.1:9/v1"):
         submit(run, endpoints=["http://127.0.0.1:9"])
+    for text in ("http://localhost:8000/v1?key=hidden", "http://localhost:8000/#hidden"):
+        with pytest.raises(UsageError, match="a password or a query") as refused:
+            submit(run, endpoints=[text])
+        assert "hidden" not in refused.value.message
+    for text in ("http://[::1", "http://localhost:99999"):
+        with pytest.raises(UsageError, match="not a URL"):
+            submit(run, endpoints=[text])
+    wrong: dict[str, Any]
+    for wrong in ({"concurrency": -1}, {"timeout": -1.0}, {"timeout": float("inf")}, {"rate_limit_delay": -1.0}):
+        with pytest.raises(UsageError, match="must"):
+            send(run, server, **wrong)
+    with pytest.raises(UsageError, match="no option 'concurency'"):
+        send(run, server, concurency=1)
     assert not run.was_sent()
     monkeypatch.setenv("MY_KEY", "secret-key-123")
     assert send(run, server, api_key_env="MY_KEY").exit_code == 0

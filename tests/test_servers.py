@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from batchkit import client
+from batchkit import rotation
 from batchkit.backends.vllm import Vllm
 from batchkit.backends.vllm_serve import Served
 from batchkit.merging import merge
@@ -74,7 +74,7 @@ def kill(server: Served) -> None:
 def test_two_servers_answer_1000_requests_though_one_is_killed_and_as_the_other_engines_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(rotation, "PROBE_SECONDS", 0.5)
     run = prepare_rows(tmp_path, 1000)
     with servers(tmp_path, 2) as (first, second):
 
