@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from batchkit import batch_submission, client, live_submission, outcomes, rotation
+from batchkit import batch_submission, client, live_submission, outcomes, rotation, serving
 from batchkit.client import Pacing
 from batchkit.errors import CredentialsError, EngineError, StorageError, UsageError
 from batchkit.handover import Pace
@@ -794,3 +795,37 @@ def test_the_same_rows_give_the_same_results_whoever_answers(
                 del row["batchkit"][name]
             row.pop("model")
     assert results["vllm"] == results["server"] == results["openai"]
+
+
+# -- vLLM's own servers, where something breaks that is not theirs ------------------------------------------------------
+
+
+def test_a_watcher_that_breaks_ends_the_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        url, starts, ready, stage = "http://127.0.0.1:9/v1", 0, True, "serving"
+
+        def __init__(self, *_: Any) -> None:
+            self.looks = 0
+
+        def start(self) -> None:
+            self.starts += 1
+
+        def look(self, seconds: float = 0.0) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def stop(self) -> None:
+            self.starts = 0
+
+    class Runner:
+        replicas, notes = 1, ()
+
+    monkeypatch.setattr(serving, "Served", Broken)
+    monkeypatch.setattr(serving, "LOOK_SECONDS", 0.01)
+    servers = serving.Serving(Runner(), tmp_path / "servers", Silent())  # type: ignore[arg-type]
+    with servers.running():
+        end = time.monotonic() + 5
+        while servers.error is None and time.monotonic() < end:
+            time.sleep(0.01)
+        with pytest.raises(EngineError, match="No space left on device"):
+            servers.check()
+    assert not any(thread.name == "batchkit-servers" for thread in threading.enumerate())
