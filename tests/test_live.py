@@ -797,7 +797,7 @@ def test_the_same_rows_give_the_same_results_whoever_answers(
     assert results["vllm"] == results["server"] == results["openai"]
 
 
-# -- vLLM's own servers, where something breaks that is not theirs ------------------------------------------------------
+# -- vLLM's own servers, where something breaks that is not theirs ----------------------------------------------------
 
 
 def test_a_watcher_that_breaks_ends_the_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,7 +810,7 @@ def test_a_watcher_that_breaks_ends_the_submit(tmp_path: Path, monkeypatch: pyte
         def start(self) -> None:
             self.starts += 1
 
-        def look(self, seconds: float = 0.0) -> None:
+        def look(self, *_: float) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         def stop(self) -> None:
