@@ -194,8 +194,9 @@ class Client:
         raise AssertionError("a call ends with a reply or an exception")
 
     async def _try(self, call: Call, avoid: Endpoint | None = None) -> Reply | None:
-        await self._hold_back(call)
-        endpoint = await self._start(avoid)
+        if self._requests is not None or self._tokens is not None:
+            await self._hold_back(call)
+        endpoint = await (self._start_spaced(avoid) if self._pacing.delay else self._rotation.take(avoid))
         try:
             return await self._post(endpoint, call)
         finally:
@@ -208,12 +209,10 @@ class Client:
         if self._tokens is not None and call.tokens:
             await self._tokens.acquire(min(call.tokens, self._tokens.max_rate))
 
-    async def _start(self, avoid: Endpoint | None) -> Endpoint:
-        """A slot at an endpoint, at a moment when a call may start."""
+    async def _start_spaced(self, avoid: Endpoint | None) -> Endpoint:
+        """A slot at an endpoint, `delay` behind the last one."""
         while True:
             endpoint = await self._rotation.take(avoid)
-            if not self._pacing.delay:
-                return endpoint
             try:
                 start = max(self._next_start, time.monotonic())
                 self._next_start = start + self._pacing.delay
