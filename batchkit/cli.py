@@ -93,7 +93,8 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
             report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
     cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
-        click.echo(f"\nnext: batchkit submit {run}" if report.requests else "\nnothing to submit", err=True)
+        verb = "submit" if report.to_send else "merge"
+        click.echo(f"\nnext: batchkit {verb} {run}" if report.requests else "\nnothing to submit", err=True)
 
 
 def _prepare_keywords(options: dict[str, Any]) -> Any:
@@ -152,10 +153,13 @@ def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **opt
 def _discard(run: str, *, yes: bool) -> None:
     from batchkit import submission
 
-    lost = submission.responses_count(run)
+    lost, reused = submission.responses_count(run), submission.reused_count(run)
     if lost and not yes:
+        of_others = f" ({reused:,} of them taken over from other runs)" if reused else ""
         click.confirm(
-            f"throw away {cli_messages.counted(lost, 'response')} of {run} and begin anew?", abort=True, err=True
+            f"throw away {cli_messages.counted(lost, 'response')} of {run}{of_others} and begin anew?",
+            abort=True,
+            err=True,
         )
     submission.discard(run)
 
