@@ -187,7 +187,7 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 
 
 @main.command("merge")
-@click.argument("run", required=False)
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
 @merge_options
 @click.option("--tasks", metavar="FILE", help="Merge files that no run knows: the task file.")
 @click.option("--responses", multiple=True, metavar="GLOB", help="Output and error files for --tasks. Repeatable.")
@@ -198,7 +198,7 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def merge_command(
     *,
-    run: str | None,
+    runs: tuple[str, ...],
     tasks: str | None,
     responses: tuple[str, ...],
     id_fields: str | None,
@@ -208,22 +208,23 @@ def merge_command(
 ) -> None:
     """Join the responses of RUN to its rows: one result per row, in the order of the task file.
 
-    Works at any time, also while submit is running. Without RUN, --tasks and --responses merge any pile of
-    batch output.
+    Works at any time, also while submit is running. Several runs, parts of one task file, become one result. Without
+    RUN, --tasks and --responses merge any pile of batch output.
 
     \b
     batchkit merge my-run --parse choice
+    batchkit merge part1 part2 part3 -o results.jsonl
     batchkit merge --tasks tasks.jsonl --responses 'out/*.jsonl' -o results.jsonl
     """
     from batchkit.progress import Console
 
     with Console("merge") as progress:
-        if run is not None:
+        if runs:
             if tasks or responses or id_fields:
                 raise UsageError("RUN goes without --tasks, --responses and --id-fields", hint="batchkit merge --help")
             from batchkit import merging
 
-            summary = merging.merge(run, progress=progress, **options)
+            summary = merging.merge(runs, progress=progress, **options)
         else:
             if not tasks or not responses:
                 raise UsageError("name a RUN, or --tasks and --responses", hint="batchkit merge --help")

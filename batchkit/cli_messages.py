@@ -84,7 +84,12 @@ def tell_troubled(report: Any, run: str) -> None:
 
 def tell_merged(summary: Any, *, as_json: bool = False) -> None:
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
-    click.echo(f"merged {counted(summary.rows, 'row')}: {counts}", err=True)
+    runs = f" of {len(summary.parts)} runs" if summary.parts else ""
+    click.echo(f"merged {counted(summary.rows, 'row')}{runs}: {counts}", err=True)
+    for gap in summary.gaps:
+        click.echo(f"warning: {gap.rows} are in none of the runs", err=True)
+    for difference in summary.differences:
+        click.echo(f"the runs were not prepared alike: {difference}", err=True)
     if summary.reused:
         click.echo(f"{summary.reused:,} of these answers were taken over from other runs", err=True)
     for name in ("unexpected", "unreadable"):

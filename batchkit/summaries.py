@@ -42,12 +42,11 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     end: int | None
 
-    def __str__(self) -> str:
+    @property
+    def rows(self) -> str:
         if self.end is None:
-            return f"the rows from {self.start:,} on are in none of the runs"
-        if self.end == self.start + 1:
-            return f"row {self.start:,} is in none of the runs"
-        return f"rows {self.start:,} to {self.end - 1:,} are in none of the runs"
+            return f"the rows from {self.start:,} on"
+        return f"rows {self.start:,} to {self.end - 1:,}"
 
 
 class CommonError(msgspec.Struct, kw_only=True):

@@ -16,19 +16,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from batchkit import merge, outcomes, plan, prepare, runs, status, storage, submit, takeovers
+from batchkit import merge, outcomes, plan, prepare, status, submit, takeovers
 from batchkit.cli import main
 from batchkit.errors import RunError, UsageError
 from batchkit.jobs import Attempt, Job
 from batchkit.runs import Run, now
-from batchkit.shardfiles import request_lines
 from tests import fake_server
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
 from tests.made_runs import failure_line, response_line
 
 Picture = Callable[..., Path]
-ANSWERED = {"reused_from", "backend", "attempt", "verdict"}
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def test_the_run_needs_the_other_no_more(write_tasks: WriteTasks, tmp_path: Path
 
 
 def test_the_bytes_of_a_response_are_carried_over_under_the_new_custom_id(
-    write_tasks: WriteTasks, tmp_path: Path
+    write_tasks: WriteTasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = (
         rb'{"id": "x",  "custom_id": "%s", "response": {"status_code":200, "body": {"choices": [{"message": '
@@ -120,9 +118,9 @@ def test_the_bytes_of_a_response_are_carried_over_under_the_new_custom_id(
     )
     make(write_tasks(rows_of(2)), tmp_path / "old")
     answer(tmp_path / "old", lambda _, one: [odd % one.encode()])
-    make(write_tasks([*rows_of(0), {"question": "question 1"}], "new.jsonl"), tmp_path / "new", reuse=("old",)) if (
-        os.chdir(tmp_path)
-    ) is None else None
+    monkeypatch.chdir(tmp_path)  # the manifest has absolute paths
+    make(write_tasks([{"question": "question 1"}], "new.jsonl"), tmp_path / "new", reuse=("old",))
+    assert Run.open(tmp_path / "new").manifest.options["reuse"] == [str(tmp_path / "old")]
     line = Run.open(tmp_path / "new").responses_path(0, 1).read_bytes()
     new_id = Run.open(tmp_path / "new").read_ids(next(Run.open(tmp_path / "new").seals()))[0]
     assert json.loads(line)["custom_id"] == new_id
@@ -318,7 +316,8 @@ def test_an_engine_that_never_ran_is_not_proven_by_what_was_reused(write_tasks: 
     make(tasks, tmp_path / "old", backend="vllm")
     answer(tmp_path / "old", lambda position, one: [response_line(one, "a")] if position else [])
     make(tasks, tmp_path / "new", backend="vllm", reuse=(str(tmp_path / "old"),))
-    scans = [Scan(run, list(run.seals()), attempts=3, retry=frozenset()) for run in map(Run.open, (tmp_path / "old", tmp_path / "new"))]  # fmt: skip
+    opened = [Run.open(tmp_path / name) for name in ("old", "new")]
+    scans = [Scan(run, list(run.seals()), attempts=3, retry=frozenset()) for run in opened]
     assert [(scan.due, scan.answered) for scan in scans] == [(1, True), (1, False)]
 
 
@@ -493,7 +492,7 @@ def test_a_second_kill_and_a_lost_file_are_no_trouble(write_tasks: WriteTasks, t
         for _ in range(3):
             fork_and_kill(lambda run=run: make(tasks, run, **options), generator.randrange(1, 45))  # type: ignore[misc]
         make(tasks, run, **options)
-        lost = generator.choice([path for path in (run / "rows").iterdir()])
+        lost = generator.choice(sorted((run / "rows").iterdir()))
         lost.unlink()
         make(tasks, run, **options)
         assert snapshot(run) == expected
