@@ -281,8 +281,10 @@ class Run:
         return any(self.was_shard_sent(int(path.stem)) for path in (self.path / "jobs").glob("[0-9]*.json"))
 
     def was_shard_sent(self, shard: int) -> bool:
-        """The same of one shard."""
-        return any(attempt.reused_from is None for attempt in self.job(shard).attempts)
+        """The same of one shard: it has a job, and not of answers of another run alone."""
+        attempts = self.job(shard).attempts
+        reused = len(attempts) > 0 and all(attempt.reused_from is not None for attempt in attempts)
+        return self.job_path(shard).exists() and not reused
 
     def responses_path(self, shard: int, attempt: int) -> Path:
         return self.path / "responses" / f"{shard:05d}.{attempt}.jsonl"
