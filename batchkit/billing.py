@@ -30,12 +30,16 @@ class Billing:
     """Adds up. `host` and `model` are the manifest's; a response may name a model more exactly."""
 
     def __init__(self, *, host: str, model: str | None) -> None:
-        self._host = host
-        self._model = model
-        self._prices: dict[tuple[str, str], tuple[Prices, Prices]] = {}
+        self.turn_to(host=host, model=model)
         self._batch = self._live = Decimal(0)
         self._priced = 0
         self._spent = Spent()
+
+    def turn_to(self, *, host: str, model: str | None) -> None:
+        """The responses to come are of a run of this host and model."""
+        self._host = host
+        self._model = model
+        self._prices: dict[tuple[str, str], tuple[Prices, Prices]] = {}
 
     def add(self, response: Response, backend: str | None) -> None:
         if backend is None or backend in OWN or not response.usage:

@@ -93,7 +93,8 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
             report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
     cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
-        click.echo(f"\nnext: batchkit submit {run}" if report.requests else "\nnothing to submit", err=True)
+        verb = "submit" if report.to_send else "merge"
+        click.echo(f"\nnext: batchkit {verb} {run}" if report.requests else "\nnothing to submit", err=True)
 
 
 def _prepare_keywords(options: dict[str, Any]) -> Any:
@@ -152,10 +153,13 @@ def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **opt
 def _discard(run: str, *, yes: bool) -> None:
     from batchkit import submission
 
-    lost = submission.responses_count(run)
+    lost, reused = submission.responses_count(run), submission.reused_count(run)
     if lost and not yes:
+        of_others = f" ({reused:,} of them taken over from other runs)" if reused else ""
         click.confirm(
-            f"throw away {cli_messages.counted(lost, 'response')} of {run} and begin anew?", abort=True, err=True
+            f"throw away {cli_messages.counted(lost, 'response')} of {run}{of_others} and begin anew?",
+            abort=True,
+            err=True,
         )
     submission.discard(run)
 
@@ -183,7 +187,7 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 
 
 @main.command("merge")
-@click.argument("run", required=False)
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
 @merge_options
 @click.option("--tasks", metavar="FILE", help="Merge files that no run knows: the task file.")
 @click.option("--responses", multiple=True, metavar="GLOB", help="Output and error files for --tasks. Repeatable.")
@@ -194,7 +198,7 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def merge_command(
     *,
-    run: str | None,
+    runs: tuple[str, ...],
     tasks: str | None,
     responses: tuple[str, ...],
     id_fields: str | None,
@@ -204,22 +208,23 @@ def merge_command(
 ) -> None:
     """Join the responses of RUN to its rows: one result per row, in the order of the task file.
 
-    Works at any time, also while submit is running. Without RUN, --tasks and --responses merge any pile of
-    batch output.
+    Works at any time, also while submit is running. Several runs, parts of one task file, become one result. Without
+    RUN, --tasks and --responses merge any pile of batch output.
 
     \b
     batchkit merge my-run --parse choice
+    batchkit merge part1 part2 part3 -o results.jsonl
     batchkit merge --tasks tasks.jsonl --responses 'out/*.jsonl' -o results.jsonl
     """
     from batchkit.progress import Console
 
     with Console("merge") as progress:
-        if run is not None:
+        if runs:
             if tasks or responses or id_fields:
                 raise UsageError("RUN goes without --tasks, --responses and --id-fields", hint="batchkit merge --help")
             from batchkit import merging
 
-            summary = merging.merge(run, progress=progress, **options)
+            summary = merging.merge(runs, progress=progress, **options)
         else:
             if not tasks or not responses:
                 raise UsageError("name a RUN, or --tasks and --responses", hint="batchkit merge --help")

@@ -26,6 +26,12 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
         f"(largest shard {_bytes(report.largest_shard_bytes)})",
         err=not plan_only,
     )
+    for name, count in report.reused.items():
+        click.echo(
+            f"{'would reuse' if plan_only else 'reused'} {counted(count, 'answer')} of {name}", err=not plan_only
+        )
+    if report.reused:
+        click.echo(f"{counted(report.to_send, 'request')} to send", err=not plan_only)
     if report.rejected:
         reasons = ", ".join(f"{code} {count:,}" for code, count in report.reasons.items())
         click.echo(f"rejected {counted(report.rejected, 'row')} ({reasons}):", err=True)
@@ -78,7 +84,14 @@ def tell_troubled(report: Any, run: str) -> None:
 
 def tell_merged(summary: Any, *, as_json: bool = False) -> None:
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
-    click.echo(f"merged {counted(summary.rows, 'row')}: {counts}", err=True)
+    runs = f" of {len(summary.parts)} runs" if summary.parts else ""
+    click.echo(f"merged {counted(summary.rows, 'row')}{runs}: {counts}", err=True)
+    for gap in summary.gaps:
+        click.echo(f"warning: {gap.rows} are in none of the runs", err=True)
+    for difference in summary.differences:
+        click.echo(f"the runs were not prepared alike: {difference}", err=True)
+    if summary.reused:
+        click.echo(f"{summary.reused:,} of these answers were taken over from other runs", err=True)
     for name in ("unexpected", "unreadable"):
         if count := getattr(summary, name):
             click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)

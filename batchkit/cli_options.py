@@ -112,6 +112,12 @@ prepare_options = add_options(
     ),
     click.option("--max-requests", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
     click.option("--max-bytes", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
+    click.option(
+        "--reuse",
+        multiple=True,
+        metavar="RUN",
+        help="Take over answers that another run has to the same requests. Repeatable: the first named counts first.",
+    ),
     click.option("--workers", type=click.IntRange(1), help="Processes. Never changes the result. [default: the cores]"),
     click.option("--strict", is_flag=True, help="Stop at the first row that cannot become a request."),
 )

@@ -13,7 +13,7 @@ from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.prompts import compile_template
-from batchkit.requests import RequestMaker
+from batchkit.requests import RequestMaker, fingerprint
 from batchkit.runs import OUR_NAMES
 from batchkit.tasks import Fields, Row, Task
 
@@ -24,7 +24,7 @@ class Converted(NamedTuple):
     """What became of a row: `request` without a line feed, or `code` and `message` of a rejection.
 
     `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
-    where a provider bills them.
+    where a provider bills them; `fingerprint` is that of the request, where answers of other runs are reused.
     """
 
     custom_id: str
@@ -34,6 +34,7 @@ class Converted(NamedTuple):
     pixels: int = 0
     names: frozenset[str] = frozenset()
     tokens: RequestTokens | None = None
+    fingerprint: bytes | None = None
 
 
 class Converter:
@@ -91,6 +92,8 @@ class Converter:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
             custom_id = tasks.make_custom_id(row.position, row.raw)
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
+        if done.request is not None and self._options.reuse:
+            done = done._replace(fingerprint=fingerprint(done.request))
         if done.request is not None and self._options.backend not in OWN:
             return done._replace(tokens=request_tokens(done.request, self._options.model))
         return done

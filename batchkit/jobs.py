@@ -60,7 +60,8 @@ class Attempt(msgspec.Struct, kw_only=True):
     """One sending of some requests of a shard. `rows` are position ranges; rejected rows within them do not count.
 
     `session` names the folder `engine/<session>/` of the engine that took it, for runners that have one; `remote` is
-    there for batch services. `ending` is how the provider's batch ended.
+    there for batch services. `ending` is how the provider's batch ended. `reused_from` is the run whose answers these
+    are: nothing was sent, and `backend` is who answered there.
     """
 
     number: int
@@ -73,6 +74,7 @@ class Attempt(msgspec.Struct, kw_only=True):
     message: str | None = None
     ending: Ending | None = None
     remote: Remote | None = None
+    reused_from: str | None = None
 
     @property
     def in_flight(self) -> bool:

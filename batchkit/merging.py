@@ -1,13 +1,14 @@
 """The stage `merge`: rows and responses of a run → one result per row, in row order.
 
 Shard after shard, in the memory of one: the responses to shard k belong to rows k. It works at any time, also while
-`submit` is running; what has no response yet is `pending`.
+`submit` is running; what has no response yet is `pending`. Several runs, parts of one task file, give one result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -17,6 +18,7 @@ from batchkit.errors import InputError, UsageError
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
 from batchkit.outputs import Outputs, Places, places
+from batchkit.parts import Parts, open_all
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
@@ -27,7 +29,7 @@ __all__ = ["Summary", "merge"]
 
 
 def merge(
-    run: str | Path | Run,
+    run: str | Path | Run | Sequence[str | Path | Run],
     *,
     output: str | Path | None = None,
     parse: str = "text",
@@ -37,28 +39,40 @@ def merge(
 ) -> Summary:
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
+    `run` may be several runs: parts of one task file, in any order. Their results are one, in the order of the rows.
     `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`; `prefix` goes before the names of
     the fields that a result adds. Nothing is replaced unless all of it was written. Raises `UsageError` where a row
-    uses one of our names, `RunError` where the run is damaged, `RunBusyError` where another merge is at work.
+    uses one of our names, or runs do not go together; `RunError` where a run is damaged, `RunBusyError` where another
+    merge is at work.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    runs = open_all(run)
     progress = progress or Silent()
-    encoder = ResultEncoder(parse=parse, prefix=prefix, model=run.manifest.model)
-    to = places(output or run.path / "results.jsonl", retry_file, never=_read_by_merge(run))
-    prepared = run.prepared()
-    if prepared is not None:
-        check_names(prepared.names_in_use, prefix)
-        progress.grow(prepared.rows)
+    if output is None and len(runs) > 1:
+        raise UsageError("results of several runs need a name", hint="-o results.jsonl")
+    parts = Parts(runs)
+    encoder = ResultEncoder(parse=parse, prefix=prefix)
+    to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
+    prepared = [run.prepared() for run in runs]
+    for totals in prepared:
+        if totals is not None:
+            check_names(totals.names_in_use, prefix)
+            progress.grow(totals.rows)
     attempts: list[Attempt] = []
-    with run.lease("merge"):
-        _remove_leftovers(run, to)
-        billing = Billing(host=str(run.manifest.options.get("host", "openai")), model=run.manifest.model)
+    with contextlib.ExitStack() as leases:
+        for one in runs:
+            leases.enter_context(one.lease("merge"))
+            _remove_leftovers(one, to)
+        billing = Billing(host="openai", model=None)
         with Outputs(to, encoder, billing) as outputs:
-            for seal in run.seals():
-                _merge_shard(run, seal, outputs, billing)
-                attempts += run.job(seal.shard).attempts
-                progress.update(seal.end - seal.start)
-        return outputs.write_summary(model=run.manifest.model, attempts=attempts, prepared=prepared is not None)
+            for span in parts.spans:
+                manifest = span.run.manifest
+                encoder.turn_to(manifest.model)
+                billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
+                for seal in span.seals():
+                    _merge_shard(span.run, seal, outputs, billing)
+                    attempts += span.run.job(seal.shard).attempts
+                    progress.update(seal.end - seal.start)
+        return outputs.write_summary(**parts.known(), attempts=attempts, prepared=None not in prepared)
 
 
 def _remove_leftovers(run: Run, to: Places) -> None:
@@ -104,8 +118,10 @@ def check_names(names_in_use: list[str], prefix: str) -> None:
         )
 
 
-def _read_by_merge(run: Run) -> list[Path]:
-    read = [run.path / name for name in ("rows", "requests", "jobs", "responses", "engine", "leases")]
-    read += [run.path / name for name in ("manifest.json", "prepared.json")]
-    uri = run.manifest.input.uri
-    return read if is_remote(uri) else [*read, Path(uri.removeprefix("file://")).expanduser()]
+def _read_by_merge(runs: Sequence[Run]) -> Iterator[Path]:
+    for run in runs:
+        for name in ("rows", "requests", "jobs", "responses", "engine", "leases", "manifest.json", "prepared.json"):
+            yield run.path / name
+        uri = run.manifest.input.uri
+        if not is_remote(uri):
+            yield Path(uri.removeprefix("file://")).expanduser()

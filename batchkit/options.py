@@ -60,6 +60,7 @@ class PrepareKeywords(TypedDict, total=False):
     on_bad_image: Literal["reject", "text-only"]
     max_requests: int | None
     max_bytes: int | None
+    reuse: tuple[str, ...]
 
 
 class PrepareOptions(BaseModel):
@@ -69,7 +70,8 @@ class PrepareOptions(BaseModel):
     image in none of them. `id_fields` None means `id` where a row has it. `start`, `end` (exclusive) and `limit` select
     rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound a
     shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
-    `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`.
+    `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
+    other runs: what they have answered already is taken over, the first named first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,6 +104,7 @@ class PrepareOptions(BaseModel):
     on_bad_image: Literal["reject", "text-only"] = "reject"
     max_requests: PositiveInt | None = None
     max_bytes: PositiveInt | None = None
+    reuse: tuple[str, ...] = ()
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -25,7 +25,7 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
     None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries`
     counts the attempts that took the row, are over (died ones too), and did not answer it. `in_flight`: a batch service
-    has the row, or may have.
+    has the row, or may have. `reused_from` is the run that `response` was taken over from.
     """
 
     custom_id: str
@@ -38,12 +38,14 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     code: str | int | None = None
     tries: int = 0
     in_flight: bool = False
+    reused_from: str | None = None
 
 
 class ShardOutcomes(msgspec.Struct, kw_only=True):
     """One outcome per row: `outcomes[i]` and `ids[i]` are those of position `seal.start + i`.
 
-    `superseded` are responses of attempts that another one has taken the place of, each with its backend.
+    `superseded` are responses of attempts that another one has taken the place of, each with its backend; what was
+    taken over from another run is not among them: it cost nothing here.
     `unexpected` are whole lines that belong to no request of the shard, `unreadable` ones that are no responses (torn,
     not JSON, no custom_id).
     """
@@ -83,8 +85,9 @@ def _superseded(
     for found, outcome in zip(candidates, outcomes, strict=True):
         if found is not None and len(found) > 1:
             for number, response in dict(found).items():
-                if number != outcome.attempt:
-                    yield attempts[number].backend if number in attempts else None, response
+                attempt = attempts.get(number)
+                if number != outcome.attempt and (attempt is None or attempt.reused_from is None):
+                    yield attempt.backend if attempt is not None else None, response
 
 
 def _read_ids(run: Run, seal: Seal) -> list[str]:
@@ -224,6 +227,7 @@ def _outcome(
         response=response,
         attempt=number,
         backend=attempts[number].backend if number in attempts else None,
+        reused_from=attempts[number].reused_from if response is not None and number in attempts else None,
         conflicts=chosen.conflicts,
         message=message,
         code=response.code if response is not None else None,

@@ -123,7 +123,7 @@ class Outputs:
         result = self._encoder.encode(row, outcome)
         self._results.write(result.line)
         self.tally.add(outcome, result.verdict, result.error)
-        if self._billing is not None and outcome.response is not None:
+        if self._billing is not None and outcome.response is not None and outcome.reused_from is None:
             self._billing.add(outcome.response, outcome.backend)
         if result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
             self._retry.write(row + b"\n")

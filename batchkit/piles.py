@@ -20,7 +20,7 @@ from batchkit.errors import InputError, RowError, UsageError
 from batchkit.outcomes import Outcome, conflict_message
 from batchkit.outputs import Outputs, Places, places
 from batchkit.progress import Progress, Silent
-from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse, same
+from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, gist, parse
 from batchkit.results import ResultEncoder
 from batchkit.spills import Partitions, merge_numbered, numbered, write_lines
 from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, read_lines
@@ -201,7 +201,7 @@ def _join(ids: Iterable[_Id], lines: Iterable[bytes], tasks: str, outputs: Outpu
     """The outcomes of one partition, in row order."""
     rows: dict[str, _Id] = {}
     repeated = [entry for entry in ids if rows.setdefault(entry.custom_id, entry) is not entry]
-    found: dict[str, list[Response]] = {}
+    found: dict[str, dict[bytes, Response]] = {}
     for line in lines:
         try:
             response = parse(line)
@@ -209,25 +209,30 @@ def _join(ids: Iterable[_Id], lines: Iterable[bytes], tasks: str, outputs: Outpu
             outputs.add_strays((), [line])
             continue
         if response.custom_id in rows:
-            _add(found.setdefault(response.custom_id, []), response)
+            _add(found.setdefault(response.custom_id, {}), response)
         else:
             outputs.add_strays([line], ())
-    outcomes = [_Joined(row.position, _outcome(row.custom_id, found.get(row.custom_id, []))) for row in rows.values()]
+    outcomes = [
+        _Joined(row.position, _outcome(row.custom_id, list(found.get(row.custom_id, {}).values())))
+        for row in rows.values()
+    ]
     for entry in repeated:
         message = f"{tasks}:{entry.line}: the same id as line {rows[entry.custom_id].line}: {entry.custom_id}"
         outcomes.append(_Joined(entry.position, _rejected(entry.custom_id, "duplicate", message)))
     yield from sorted(outcomes, key=lambda entry: entry.position)
 
 
-def _add(known: list[Response], response: Response) -> None:
+_ERROR = b""
+"""Stands for the gist of whatever is no answer: of these the last counts."""
+
+
+def _add(known: dict[bytes, Response], response: Response) -> None:
     """Keep what can still count: different answers, or the last error. A line repeated endlessly takes no memory."""
     if response.verdict in ANSWERS:
-        if known and known[0].verdict not in ANSWERS:
-            known.clear()
-        if not any(same(response, other) for other in known):
-            known.append(response)
-    elif not known or known[0].verdict not in ANSWERS:
-        known[:] = [response]
+        known.pop(_ERROR, None)
+        known.setdefault(gist(response), response)
+    elif not known or _ERROR in known:
+        known[_ERROR] = response
 
 
 def _outcome(custom_id: str, responses: list[Response]) -> Outcome:

@@ -17,10 +17,12 @@ from batchkit.errors import InputError, RunError, UsageError
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
+from batchkit.reuse import KnownAnswers, named, open_source
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
-from batchkit.storage import check_rereadable, is_remote
+from batchkit.storage import check_rereadable, is_remote, spots_checksum
+from batchkit.takeovers import as_it_stands, clear_behind
 from batchkit.tallies import Report, Tally
 from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
 from batchkit.workers import convert_all
@@ -46,6 +48,9 @@ def prepare(
     """
     uri, options = _settle(tasks, keywords)
     manifest = _manifest(uri, options)
+    if not Run.exists(run):  # else a preparation that is finished needs them no more
+        for name in named(options.reuse):
+            open_source(name, run)
     target = Run.create(run, manifest)
     with target.lease("prepare"):
         _refuse_other(target, manifest)
@@ -70,13 +75,16 @@ def plan(
     _announce(uri, options, progress)
     draft: ShardDraft | None = None
     root = _image_root(uri, options)
-    with closing(_sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded:
+    with (
+        KnownAnswers(named(options.reuse), progress or Silent()) as known,
+        closing(_sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded,
+    ):
         for row, done, shard in sharded:
             if draft is None or draft.shard != shard:
                 if draft is not None:
                     tally.add(draft.sealed())
                 draft = ShardDraft(shard)
-            draft.add(row, done, _rejection(uri, row, done) if done.request is None else None)
+            draft.add(row, done, _rejection(uri, row, done) if done.request is None else None, known.find(done))
             (progress or Silent()).update(1)
     if draft is not None:
         tally.add(draft.sealed())
@@ -85,6 +93,7 @@ def plan(
 
 def _judged(report: Report, options: PrepareOptions) -> Report:
     """The report with what the options and the tokens give rise to."""
+    report.reused = dict.fromkeys(named(options.reuse), 0) | report.reused
     report.warnings = prepare_options.find_doubts(options)
     if report.tokens is not None:
         report.estimate = estimate(
@@ -120,7 +129,7 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareO
 
 def _refuse_conversion(keywords: PrepareKeywords) -> None:
     """Rows in batch format are kept as they are: an option that would change them must not be ignored in silence."""
-    kept = {"model", "backend", "host", "input_format", "start", "end", "limit", "max_requests", "max_bytes"}
+    kept = {"model", "backend", "host", "input_format", "start", "end", "limit", "max_requests", "max_bytes", "reuse"}
     defaults = PrepareOptions.model_fields
     for name, value in keywords.items():
         if name not in kept and value != defaults[name].get_default():
@@ -134,11 +143,12 @@ def _manifest(uri: str, options: PrepareOptions) -> Manifest:
     stat = Path(uri).stat()
     kept = options.model_dump(mode="json", exclude={"model", "backend"})
     kept["image_root"] = _image_root(uri, options)
+    kept["reuse"] = named(options.reuse)
     return Manifest(
         format=FORMAT,
         batchkit=batchkit.__version__,
         created=now(),
-        input=Input(uri=uri, bytes=stat.st_size, modified=stat.st_mtime_ns),
+        input=Input(uri=uri, bytes=stat.st_size, modified=stat.st_mtime_ns, spots=spots_checksum(uri)),
         model=options.model,
         backend=options.backend,
         options=kept,
@@ -186,7 +196,7 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
     place, shards = FILE_START, 0
     seen = IdsSeen()
     for seal in intact_seals(run):
-        tally.add(seal)
+        tally.add(as_it_stands(run, seal))
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
     _announce(uri, options, progress)
     progress.update(tally.report.rows)
@@ -197,17 +207,27 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
     if options.input_format == "batch":
         for seal in itertools.islice(run.seals(), shards):
             seen.update(run.read_ids(seal))
-    remove_leftovers(run, shards)
     root = run.manifest.options["image_root"]
-    with closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded:
-        for seal in _written(run, shards, sharded, strict, progress):
+    with (
+        KnownAnswers(run.manifest.options.get("reuse", ()), progress, into=run.path) as known,
+        closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded,
+    ):
+        remove_leftovers(run, shards)
+        for seal in _written(run, shards, sharded, known, strict=strict, progress=progress):
             tally.add(seal)
+    clear_behind(run, tally.report.shards)
     run.write_prepared(tally.prepared())
     return tally.report
 
 
 def _written(
-    run: Run, first: int, sharded: Iterator[tuple[Row, Converted, int]], strict: bool, progress: Progress
+    run: Run,
+    first: int,
+    sharded: Iterator[tuple[Row, Converted, int]],
+    known: KnownAnswers,
+    *,
+    strict: bool,
+    progress: Progress,
 ) -> Iterator[Seal]:
     """Write the shards from number `first` on; yield the seal of each that is finished."""
     writer: ShardWriter | None = None
@@ -220,7 +240,7 @@ def _written(
             rejection = _rejection(run.manifest.input.uri, row, done) if done.request is None else None
             if rejection is not None and strict:
                 raise InputError(rejection.message, hint="mend the row, or leave out --strict to set it aside")
-            writer.add(row, done, rejection)
+            writer.add(row, done, rejection, known.find(done))
             progress.update(1)
         if writer is not None:
             yield writer.seal()

@@ -15,7 +15,7 @@ from batchkit.runs import Run
 
 
 class ShardStatus(msgspec.Struct, kw_only=True):
-    """`state`: `sealed` (never sent), `running`, `open` (rows to send, nothing running) or `done`."""
+    """`state`: `sealed` (nothing of it was sent), `running`, `open` (rows to send, nothing running) or `done`."""
 
     shard: int
     rows: int
@@ -23,10 +23,12 @@ class ShardStatus(msgspec.Struct, kw_only=True):
     attempts: int
     state: str
     verdicts: dict[str, int]
+    reused: int = 0
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """`prepared` is False while shards may still be added. `verdicts` add up to `rows`. `batches` are under way."""
+    """`prepared` is False while shards may still be added. `verdicts` add up to `rows`. `reused` rows have
+    an answer of another run. `batches` are under way."""
 
     run: str
     model: str
@@ -38,6 +40,7 @@ class Status(msgspec.Struct, kw_only=True):
     verdicts: dict[str, int]
     shards: list[ShardStatus]
     batches: list[BatchStatus] = []
+    reused: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -67,6 +70,7 @@ def status(run: Run | str | Path, *, ask: bool = True) -> Status:
         verdicts={verdict.value: totals[verdict] for verdict in Verdict},
         shards=shards,
         batches=inquiries.under_way(opened, seals, ask=ask),
+        reused=sum(shard.reused for shard in shards),
     )
 
 
@@ -76,7 +80,7 @@ def _shard(run: Run, joined: outcomes.ShardOutcomes) -> ShardStatus:
     counts = Counter(outcome.verdict.value for outcome in joined.outcomes)
     if any(attempt.state not in OVER for attempt in attempts):
         state = "running"
-    elif not attempts:
+    elif not attempts or (counts[Verdict.PENDING] and all(attempt.reused_from for attempt in attempts)):
         state = "sealed"
     else:
         state = "open" if counts[Verdict.PENDING] or counts[Verdict.MISSING] else "done"
@@ -87,6 +91,7 @@ def _shard(run: Run, joined: outcomes.ShardOutcomes) -> ShardStatus:
         attempts=len(attempts),
         state=state,
         verdicts=dict(counts),
+        reused=sum(outcome.reused_from is not None for outcome in joined.outcomes),
     )
 
 
@@ -99,6 +104,8 @@ def as_text(status: Status) -> str:
         + ("" if status.prepared else "; prepare has not finished"),
         ", ".join(f"{name} {count:,}" for name, count in status.verdicts.items() if count) or "no rows",
     ]
+    if status.reused:
+        lines.append(f"{status.reused:,} of these answers were taken over from other runs")
     waiting = [shard for shard in status.shards if shard.state != "done"]
     for shard in waiting[:20]:
         counts = ", ".join(f"{name} {count:,}" for name, count in shard.verdicts.items())

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
@@ -100,6 +101,7 @@ class _Line(msgspec.Struct, gc=False):
 
 
 _decode_common = msgspec.json.Decoder(_Line).decode
+_encode_sorted = msgspec.json.Encoder(order="deterministic").encode
 _decode_any = msgspec.json.Decoder().decode
 UNKNOWN = "a response of unknown shape"
 
@@ -238,13 +240,14 @@ def choose(candidates: list[tuple[int, Response]]) -> Chosen:
         attempt, response = max(enumerate(candidates), key=lambda entry: (entry[1][0], entry[0]))[1]
         return Chosen(response, attempt, [])
     latest = max(attempt for attempt, _ in answers)
-    distinct: list[Response] = []
+    distinct: dict[bytes, Response] = {}
     for attempt, response in answers:
-        if attempt == latest and not any(same(response, other) for other in distinct):
-            distinct.append(response)
-    return Chosen(distinct[0], latest, distinct[1:])
+        if attempt == latest:
+            distinct.setdefault(gist(response), response)
+    first, *others = distinct.values()
+    return Chosen(first, latest, others)
 
 
-def same(one: Response, other: Response) -> bool:
-    """Whether two answers say the same; their usage and ids may differ."""
-    return one.verdict == other.verdict and one.answer == other.answer and one.message == other.message
+def gist(response: Response) -> bytes:
+    """Equal for answers that say the same; their usage and ids may differ."""
+    return blake2b(_encode_sorted((response.verdict, response.answer, response.message)), digest_size=16).digest()

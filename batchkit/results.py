@@ -30,6 +30,7 @@ class _Note(msgspec.Struct, gc=False):
     usage: dict[str, Any] | None
     backend: str | None
     attempt: int | None
+    reused_from: str | msgspec.UnsetType = msgspec.UNSET
     conflicts: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
     line: str | msgspec.UnsetType = msgspec.UNSET
 
@@ -61,6 +62,10 @@ class ResultEncoder:
             raise UsageError(f"--prefix {prefix!r}: {exc}", hint="--prefix answer_") from exc
         self._needles = [*map(msgspec.json.encode, self._names), escape]
         self._encode = msgspec.json.Encoder().encode
+
+    def turn_to(self, model: str) -> None:
+        """The rows to come are of a run of this model."""
+        self._model = model
 
     def encode(self, row: bytes, outcome: Outcome) -> Result:
         """The result of one row. Only rejected rows may be anything but a JSON object."""
@@ -109,6 +114,8 @@ def _note(outcome: Outcome, verdict: Verdict, response: Response | None) -> _Not
         outcome.backend,
         outcome.attempt,
     )
+    if outcome.reused_from is not None:
+        note.reused_from = outcome.reused_from
     if outcome.conflicts:
         note.conflicts = [
             {"raw_response": other.answer, "verdict": other.verdict, "finish_reason": other.finish_reason}

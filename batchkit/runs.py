@@ -33,11 +33,13 @@ OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
-    """The task file as it was. `modified` is its mtime in ns, None where the storage has none."""
+    """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `spots` is a checksum of
+    places spread over it: what tells files of one size apart on another machine, too."""
 
     uri: str
     bytes: int
     modified: int | None = None
+    spots: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +68,8 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     `pixels` sums the decoded pixels of all images: what an engine that decodes them all at once needs memory for.
     `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
     `names_in_use` are the fields of a result that rows of the shard have already. `tokens` estimates what the requests
-    take, where a provider bills them.
+    take, where a provider bills them. `reused` counts the requests whose answers `prepare` took over, by the run that
+    they are from; `tokens_to_send` are those of the others, where there are any reused ones.
     """
 
     shard: int
@@ -84,6 +87,8 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     next_offset: int
     names_in_use: list[str] = []
     tokens: Totals | None = None
+    reused: dict[str, int] = {}
+    tokens_to_send: Totals | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,8 +277,14 @@ class Run:
             return b""
 
     def was_sent(self) -> bool:
-        """Whether any request was ever handed to a backend, or was about to be."""
-        return any((self.path / "jobs").iterdir())
+        """Whether any request was ever handed to a backend, or was about to be. Answers of another run were not."""
+        return any(self.was_shard_sent(int(path.stem)) for path in (self.path / "jobs").glob("[0-9]*.json"))
+
+    def was_shard_sent(self, shard: int) -> bool:
+        """The same of one shard: it has a job, and not of answers of another run alone."""
+        attempts = self.job(shard).attempts
+        reused = len(attempts) > 0 and all(attempt.reused_from is not None for attempt in attempts)
+        return self.job_path(shard).exists() and not reused
 
     def responses_path(self, shard: int, attempt: int) -> Path:
         return self.path / "responses" / f"{shard:05d}.{attempt}.jsonl"

@@ -7,6 +7,7 @@ import itertools
 import mmap
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from batchkit.errors import RunError, StorageError
 from batchkit.measures import Totals
 from batchkit.runs import Rejection, Run, Seal
 from batchkit.storage import open_read, write_whole
+from batchkit.takeovers import Answer, Taken, standing, take_over
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
 
 
@@ -30,14 +32,18 @@ class ShardDraft:
         self._requests = 0
         self._pixels = 0
         self._tokens: Totals | None = None
+        self._tokens_to_send = Totals()
+        self._reused: Counter[str] = Counter()
         self._rejected: list[Rejection] = []
         self._names: set[str] = set()
         self._rows_bytes = 0
         self._requests_bytes = 0
         self._hashes = [xxhash.xxh3_128() for _ in range(3)]
 
-    def add(self, row: Row, done: Converted, rejection: Rejection | None) -> tuple[bytes, bytes, bytes]:
-        """Take in one row; return what it adds to the rows, the ids and the requests."""
+    def add(
+        self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None
+    ) -> tuple[bytes, bytes, bytes]:
+        """Take in one row; return what it adds to the rows, the ids and the requests. `answer` is another run's."""
         if self._start is None:
             self._start = row.position
         self._last = row
@@ -55,6 +61,10 @@ class ShardDraft:
             if done.tokens is not None:
                 self._tokens = self._tokens or Totals()
                 self._tokens.add(done.tokens)
+            if answer is not None:
+                self._reused[answer.run] += 1
+            elif done.tokens is not None:
+                self._tokens_to_send.add(done.tokens)
         return added
 
     def sealed(self) -> Seal:
@@ -77,23 +87,28 @@ class ShardDraft:
             next_offset=self._last.end,
             names_in_use=sorted(self._names),
             tokens=self._tokens,
+            reused=dict(self._reused),
+            tokens_to_send=self._tokens_to_send if self._reused and self._tokens is not None else None,
         )
 
 
 class ShardWriter:
-    """Writes the files of one shard aside; `seal` puts them in place, the seal last."""
+    """Writes the files of one shard aside; `seal` puts them in place, then the answers of other runs, the seal last."""
 
     def __init__(self, run: Run, shard: int) -> None:
         self.shard = shard
         self._run = run
         self._draft = ShardDraft(shard)
+        self._taken: list[Taken] = []
         self._stack = contextlib.ExitStack()
         paths = (run.rows_path(shard), run.ids_path(shard), run.requests_path(shard))
         self._streams = [self._stack.enter_context(write_whole(path)) for path in paths]
 
-    def add(self, row: Row, done: Converted, rejection: Rejection | None) -> None:
+    def add(self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None) -> None:
+        if answer is not None:
+            self._taken.append(Taken(row.position, done.custom_id, answer))
         try:
-            for stream, piece in zip(self._streams, self._draft.add(row, done, rejection), strict=True):
+            for stream, piece in zip(self._streams, self._draft.add(row, done, rejection, answer), strict=True):
                 stream.write(piece)
         except OSError as exc:
             raise StorageError(
@@ -104,14 +119,18 @@ class ShardWriter:
     def seal(self) -> Seal:
         seal = self._draft.sealed()
         self._refuse_other_cut(seal)
+        keep = standing(self._run, seal)
         self._stack.close()
+        # Before the seal: from there on `submit` would send what is answered already.
+        seal = take_over(self._run, seal, self._taken, keep=keep)
         self._run.write_seal(seal)
         return seal
 
     def _refuse_other_cut(self, seal: Seal) -> None:
         """Raise `RunError` where the shard was sent with other rows: changed images may move the cuts."""
         old = self._run.seal(self.shard)
-        sent = [span for attempt in self._run.job(self.shard).attempts for span in attempt.rows]
+        attempts = self._run.job(self.shard).attempts
+        sent = [span for attempt in attempts if attempt.reused_from is None for span in attempt.rows]
         cut = (seal.start, seal.end, seal.ids_checksum)
         moved = old is not None and self._run.was_sent() and (old.start, old.end, old.ids_checksum) != cut
         if moved or any(start < seal.start or end > seal.end for start, end in sent):

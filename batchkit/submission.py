@@ -29,6 +29,7 @@ from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
 from batchkit.rounds import Pool
 from batchkit.runs import Run, Seal
+from batchkit.takeovers import reused_in
 from batchkit.targets import SERVICES
 from batchkit.work import Leases, Scan, Work
 
@@ -167,6 +168,12 @@ def responses_count(run: Run | str | Path) -> int:
             with open(path, "rb") as stream:
                 count += sum(1 for _ in stream)
     return count
+
+
+def reused_count(run: Run | str | Path) -> int:
+    """How many of them were taken over from other runs."""
+    run = run if isinstance(run, Run) else Run.open(run)
+    return sum(sum(reused_in(run, seal.shard).values()) for seal in run.seals())
 
 
 def discard(run: Run | str | Path) -> int:

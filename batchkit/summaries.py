@@ -20,11 +20,33 @@ MAX_GROUPS = 1000
 
 
 class Tokens(msgspec.Struct, kw_only=True):
-    """Of the responses that count; what superseded or repeated responses cost is not in it."""
+    """Of the responses that count; what superseded or repeated responses cost is not in it, nor what was reused."""
 
     prompt: int = 0
     completion: int = 0
     total: int = 0
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several merged runs: the rows `[start, end)` of the task file."""
+
+    run: str
+    start: int
+    end: int
+    model: str
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of the task file that are in none of the merged runs; `end` is None for the end of the file."""
+
+    start: int
+    end: int | None
+
+    @property
+    def rows(self) -> str:
+        if self.end is None:
+            return f"the rows from {self.start:,} on"
+        return f"rows {self.start:,} to {self.end - 1:,}"
 
 
 class CommonError(msgspec.Struct, kw_only=True):
@@ -41,7 +63,9 @@ class Summary(msgspec.Struct, kw_only=True):
 
     `prepared` is False while `prepare` has not finished: there are more rows to come. `started` to `finished` spans
     the attempts; `seconds` counts only the time in which at least one that has ended was under way. Of a pile, which
-    has no attempts, nothing is known of time.
+    has no attempts, nothing is known of time. `reused` rows have an answer of another run: they are in `verdicts`,
+    and in nothing that says what this run has taken. `parts`, `gaps` and `differences` are there where several runs
+    were merged: see `parts`.
     """
 
     rows: int
@@ -61,6 +85,10 @@ class Summary(msgspec.Struct, kw_only=True):
     output: str
     retry_file: str
     unexpected_file: str | None
+    reused: int = 0
+    parts: list[Part] = []
+    gaps: list[Gap] = []
+    differences: list[str] = []
 
     @property
     def answers(self) -> int:
@@ -68,10 +96,10 @@ class Summary(msgspec.Struct, kw_only=True):
 
     @property
     def exit_code(self) -> int:
-        """8: rows are pending, or not prepared yet; 3: some rows have no answer; else 0."""
+        """8: rows are pending, or not prepared yet; 3: some rows have no answer, or are in no run; else 0."""
         if self.verdicts[Verdict.PENDING] or not self.prepared:
             return 8
-        return 0 if self.answers == self.rows else 3
+        return 0 if self.answers == self.rows and not self.gaps else 3
 
 
 class Tally:
@@ -79,6 +107,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.rows = 0
+        self.reused = 0
         self.unexpected = 0
         self.unreadable = 0
         self._verdicts: dict[Verdict, int] = dict.fromkeys(Verdict, 0)
@@ -88,7 +117,9 @@ class Tally:
     def add(self, outcome: Outcome, verdict: Verdict, error: str | None) -> None:
         self.rows += 1
         self._verdicts[verdict] += 1
-        if outcome.response is not None and (usage := outcome.response.usage):
+        if outcome.reused_from is not None:
+            self.reused += 1
+        elif outcome.response is not None and (usage := outcome.response.usage):
             self._add_tokens(usage)
         if error is not None and verdict is not Verdict.PENDING:
             self._add_error(outcome, verdict, error)
@@ -122,11 +153,14 @@ class Tally:
         model: str | None = None,
         attempts: Iterable[Attempt] = (),
         prepared: bool = True,
+        parts: Iterable[Part] = (),
+        gaps: Iterable[Gap] = (),
+        differences: Iterable[str] = (),
     ) -> Summary:
         attempts = list(attempts)
         assert sum(self._verdicts.values()) == self.rows  # noqa: S101  # the promise; a failure here is our bug
-        started, finished, seconds = _times(attempts)
-        answers = sum(count for verdict, count in self._verdicts.items() if verdict in ANSWERS)
+        started, finished, seconds = _times([attempt for attempt in attempts if attempt.reused_from is None])
+        answers = sum(count for verdict, count in self._verdicts.items() if verdict in ANSWERS) - self.reused
         prompt, completion, total = self._tokens
         return Summary(
             rows=self.rows,
@@ -146,6 +180,10 @@ class Tally:
             output=output,
             retry_file=retry_file,
             unexpected_file=unexpected_file,
+            reused=self.reused,
+            parts=list(parts),
+            gaps=list(gaps),
+            differences=list(differences),
         )
 
 

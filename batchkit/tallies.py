@@ -18,7 +18,8 @@ class Report(msgspec.Struct, kw_only=True):
     """What `prepare` did, or with `plan` would do. `reasons` counts the rejected rows by code.
 
     `first_rejections` are the first few messages; `already` says that the run was complete before. `warnings` are of
-    options that were likely not meant. `tokens` and `estimate` are there where a provider bills them.
+    options that were likely not meant. `tokens` and `estimate` are there where a provider bills them. `reused` counts
+    the answers that were taken over, by the run that they are from; tokens and estimate are of the other requests.
     """
 
     shards: int = 0
@@ -34,6 +35,12 @@ class Report(msgspec.Struct, kw_only=True):
     warnings: list[str] = []
     tokens: Totals | None = None
     estimate: Estimate | None = None
+    reused: dict[str, int] = {}
+
+    @property
+    def to_send(self) -> int:
+        """The requests that have no answer of another run."""
+        return self.requests - sum(self.reused.values())
 
 
 class Tally:
@@ -54,9 +61,12 @@ class Tally:
         report.requests_bytes += seal.requests_bytes
         report.largest_shard_bytes = max(report.largest_shard_bytes, seal.requests_bytes)
         self._rows_bytes += seal.rows_bytes
-        if seal.tokens is not None:
+        for name, count in seal.reused.items():
+            report.reused[name] = report.reused.get(name, 0) + count
+        tokens = seal.tokens_to_send if seal.tokens_to_send is not None else seal.tokens
+        if tokens is not None:
             report.tokens = report.tokens or Totals()
-            report.tokens.merge(seal.tokens)
+            report.tokens.merge(tokens)
         self._reasons.update(rejection.code for rejection in seal.rejected)
         report.reasons = dict(self._reasons.most_common())
         room = SHOWN_REJECTIONS - len(report.first_rejections)

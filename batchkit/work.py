@@ -77,7 +77,8 @@ class Scan:
                 due = len(outcomes.to_send(found, attempts=attempts, retry=retry, only=only))
                 answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
                 flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
-                self.answered = self.answered or answered > 0
+                reused = sum(outcome.reused_from is not None for outcome in found.outcomes)
+                self.answered = self.answered or answered > reused
                 self.in_flight += flying
                 self.unanswered += max(0, seal.requests - answered - due - flying)
             if due:

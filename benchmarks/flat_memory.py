@@ -1,4 +1,4 @@
-"""Memory of `prepare` and `merge` at several sizes: it must not grow with the rows.
+"""Memory of `prepare` (with `--reuse`, too) and `merge` at several sizes: it must not grow with the rows.
 
 Rows with small pictures go through the command line; the responses are made here, in shuffled order within a shard, and
 every result is compared with what it must be. Prints a table of seconds, rows per second and peak memory (the largest
@@ -59,6 +59,16 @@ def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:
     answer(run)
     merged = measure([*COMMAND, "merge", str(run)])
     check(run, rows)
+    again = folder / "again"
+    reused = measure([*COMMAND, "prepare", str(tasks), str(again), "--model", "m", "--reuse", str(run)])
+    subprocess.run([*COMMAND, "merge", str(again)], check=True, stderr=subprocess.DEVNULL)
+    check(again, rows)
+    halves = [folder / "half1", folder / "half2"]
+    for half, span in zip(halves, (("--end", str(rows // 2)), ("--start", str(rows // 2))), strict=True):
+        command = [*COMMAND, "prepare", str(tasks), str(half), "--model", "m", "--reuse", str(run), *span]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    joined = measure([*COMMAND, "merge", *map(str, halves), "-o", str(folder / "joined.jsonl")])
+    check_file(folder / "joined.jsonl", rows)
     pile = [
         "--tasks",
         str(tasks),
@@ -70,7 +80,7 @@ def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:
     make_pile(folder, rows)
     piled = measure([*COMMAND, "merge", *pile])
     check_file(folder / "pile-results.jsonl", rows)
-    return [("prepare", prepared), ("merge", merged), ("pile", piled)]
+    return [("prepare", prepared), ("merge", merged), ("reuse", reused), ("parts", joined), ("pile", piled)]
 
 
 def make_tasks(folder: Path, rows: int) -> Path:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from batchkit import piles, spills
+from batchkit import piles, responses, spills
 from batchkit.errors import InputError, StorageError, UsageError
 from batchkit.piles import merge_pile
+from batchkit.responses import Response
 from batchkit.summaries import Summary
 from tests.made_runs import failure_line, response_line
 from tests.shapes import SHAPES
@@ -234,6 +235,31 @@ def test_results_in_a_place_that_cannot_be_made_are_an_error(tmp_path: Path) -> 
     tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":1}'])
     with pytest.raises(StorageError, match="cannot be made"):
         merge_pile(tasks, [tasks], output=write_lines(tmp_path / "file", []) / "results.jsonl")
+
+
+def test_many_different_answers_to_one_row_are_each_looked_at_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 3000
+    looks = 0
+    gist = responses.gist
+
+    def counted(response: Response) -> bytes:
+        nonlocal looks
+        looks += 1
+        return gist(response)
+
+    monkeypatch.setattr(responses, "gist", counted)
+    monkeypatch.setattr(piles, "gist", counted)
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
+    lines = [response_line("a", f"answer {number % count}") for number in range(2 * count)]
+    write_lines(tmp_path / "out.jsonl", lines)
+    merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    (result,) = results_of(tmp_path / "results.jsonl")
+    assert result["raw_response"] == "answer 0"
+    listed = [conflict["raw_response"] for conflict in result["batchkit"]["conflicts"]]
+    assert listed == [f"answer {number}" for number in range(1, count)]
+    assert looks == 3 * count, "each line once, and each different answer once more"
 
 
 def test_one_response_repeated_endlessly_takes_no_memory(tmp_path: Path) -> None:
