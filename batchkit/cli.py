@@ -24,6 +24,7 @@ from batchkit.cli_options import (
     submit_options,
 )
 from batchkit.errors import BatchkitError, UsageError
+from batchkit.limits import SERVED
 
 INTERRUPTED = 130
 """The shell's code for a process ended by SIGINT (128 + 2)."""
@@ -93,7 +94,8 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
             report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
     cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
-        click.echo(f"\nnext: batchkit submit {run}" if report.requests else "\nnothing to submit", err=True)
+        served = " --engine serve" if options["backend"] == "vllm" and options["url"] in SERVED else ""
+        click.echo(f"\nnext: batchkit submit {run}{served}" if report.requests else "\nnothing to submit", err=True)
 
 
 def _prepare_keywords(options: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from batchkit import schemas
 from batchkit.errors import InputError, UsageError
 from batchkit.merging import merge
 from batchkit.options import Backend
@@ -36,7 +37,7 @@ def infer(
     run: str | Path | None = None,
     only: Collection[Id] | None = None,
     retry_failed: bool = False,
-    parse: str = "text",
+    parse: str | None = None,
     id_field: str = "id",
     progress: Progress | None = None,
     prepare_options: Mapping[str, Any] | None = None,
@@ -47,7 +48,8 @@ def infer(
     A row is an object as in a task file: `image` (a path, a data URL, encoded bytes or a PIL image; or a list of these)
     and `question`; its id is its field `id_field`, or its place (from 0) where it has none. Rows without an answer have
     None. `only` asks and returns the rows with these ids alone; what other calls have answered stays. `retry_failed`
-    asks again what failed. `prepare_options` and `submit_options` are those of `prepare` and `submit`.
+    asks again what failed. `prepare_options` and `submit_options` are those of `prepare` and `submit`;
+    with a `response_schema` (a pydantic model, say) answers are the decoded JSON that matches it.
 
     Everything is kept in the run directory `run` (one in the user's cache, named by the rows and the options, unless
     given): called again, also after a kill, it asks only what has no answer. Works on lists and iterators, in scripts
@@ -56,6 +58,8 @@ def infer(
     lines, positions = _as_lines(rows, id_field)
     wanted = None if only is None else _chosen(positions, only)
     options = dict(prepare_options or {})
+    if options.get("response_schema") is not None:
+        options["response_schema"] = schemas.load(options["response_schema"])
     folder = Path(run).expanduser().absolute() if run is not None else _cached(lines, model, backend, options)
     tasks = folder.with_name(folder.name + ".tasks.jsonl")
     _write_tasks(tasks, lines)

@@ -30,20 +30,25 @@ def merge(
     run: str | Path | Run,
     *,
     output: str | Path | None = None,
-    parse: str = "text",
+    parse: str | None = None,
     prefix: str = "",
     retry_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
-    `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`; `prefix` goes before the names of
+    `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`, unless given `text`, or
+    `json` checked against the schema where the run was prepared with one; `prefix` goes before the names of
     the fields that a result adds. Nothing is replaced unless all of it was written. Raises `UsageError` where a row
     uses one of our names, `RunError` where the run is damaged, `RunBusyError` where another merge is at work.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     progress = progress or Silent()
-    encoder = ResultEncoder(parse=parse, prefix=prefix, model=run.manifest.model)
+    schema = run.manifest.response_schema
+    parse = parse or ("json" if schema is not None else "text")
+    encoder = ResultEncoder(
+        parse=parse, prefix=prefix, model=run.manifest.model, schema=schema if parse == "json" else None
+    )
     to = places(output or run.path / "results.jsonl", retry_file, never=_read_by_merge(run))
     prepared = run.prepared()
     if prepared is not None:
