@@ -112,8 +112,8 @@ def submit(
 
 
 def _pooling(run: Run, seals: Sequence[Seal]) -> str | None:
-    """vLLM's word for what the requests ask of a model that generates nothing. Requests that came as they are tell it by
-    the first one: those of a model that generates cannot be mixed with others."""
+    """vLLM's word for what the requests ask of a model that generates nothing. Of requests that came as they are the
+    first one tells it: one model either generates or does not."""
     url = _first_url(run, seals) if is_foreign(run) else run.manifest.url
     endpoint = endpoint_at(url)
     return endpoint.pooling if endpoint is not None else None
