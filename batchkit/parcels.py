@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -29,9 +30,13 @@ class _Addressed(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Addressed).decode
 
 
-def url_of(line: bytes) -> str:
-    """The endpoint of a request line."""
-    return _decode(line).url
+def first_url(run: Run, seals: Sequence[Seal]) -> str:
+    """The endpoint of the first request, empty where there is none. A damaged file is told of when it is sent."""
+    for seal in seals:
+        with contextlib.suppress(OSError, ValueError), open(run.requests_path(seal.shard), "rb") as stream:
+            if line := stream.readline():
+                return _decode(line).url
+    return ""
 
 
 def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[Parcel]:
@@ -47,7 +52,7 @@ def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[
     mixed = is_foreign(run)
     sizes: dict[str, list[tuple[int, int]]] = {}
     for position, line in zip(positions, request_lines(run, seal, as_ranges(positions)), strict=True):
-        sizes.setdefault(url_of(line) if mixed else run.manifest.url, []).append((position, len(line)))
+        sizes.setdefault(_decode(line).url if mixed else run.manifest.url, []).append((position, len(line)))
     return [parcel for url, entries in sizes.items() for parcel in _packed(seal, url, entries, limits)]
 
 

@@ -26,7 +26,7 @@ from batchkit.errors import RunError, UsageError
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
-from batchkit.parcels import is_foreign, url_of
+from batchkit.parcels import first_url, is_foreign
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
@@ -114,18 +114,8 @@ def submit(
 def _pooling(run: Run, seals: Sequence[Seal]) -> str | None:
     """vLLM's word for what the requests ask of a model that generates nothing. Of requests that came as they are the
     first one tells it: one model either generates or does not."""
-    url = _first_url(run, seals) if is_foreign(run) else run.manifest.url
-    endpoint = endpoint_at(url)
+    endpoint = endpoint_at(first_url(run, seals) if is_foreign(run) else run.manifest.url)
     return endpoint.pooling if endpoint is not None else None
-
-
-def _first_url(run: Run, seals: Sequence[Seal]) -> str:
-    for seal in seals:
-        # A file that is damaged is told of when it is sent.
-        with contextlib.suppress(OSError, ValueError), open(run.requests_path(seal.shard), "rb") as stream:
-            if line := stream.readline():
-                return url_of(line)
-    return ""
 
 
 def _run_engines(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from click.testing import CliRunner
 from pydantic import BaseModel
 
 import batchkit
-from batchkit import live
+from batchkit import batch_submission, live
 from batchkit.backends import vllm_install
 from batchkit.cli import main
 from batchkit.endpoints import ENDPOINTS, URLS
 from batchkit.errors import UsageError
+from batchkit.handover import Pace
 from batchkit.limits import CHAT, LIMITS, who_runs
 from batchkit.measures import request_tokens
 from batchkit.merging import merge
@@ -28,7 +31,7 @@ from batchkit.preparation import prepare
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
-from tests import fake_server
+from tests import fake_provider, fake_server
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
 from tests.test_servers import servers
@@ -333,6 +336,20 @@ def test_each_endpoint_has_its_answers(
     assert {result["batchkit"]["verdict"] for result in results} == {"answered"}
 
 
+@pytest.mark.parametrize("url", ["/v1/responses", "/v1/embeddings", CHAT])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_batch_is_created_for_the_endpoint_of_the_run(
+    url: str, limit: int | None, write_tasks: WriteTasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
+    tasks = write_tasks([{"question": "a"}, {"question": "b"}])
+    prepare(tasks, tmp_path / "run", model="m", backend="openai", url=url, workers=1)
+    with fake_provider.running() as provider:
+        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
+        assert submit(tmp_path / "run", base_url=f"{provider.url}/v1", limit=limit).sent == (limit or 2)
+        assert [batch["endpoint"] for batch in provider.batches.values()] == [url]
+
+
 # -- structured output -----------------------------------------------------------------------------------------------
 
 
@@ -441,6 +458,50 @@ def cosine(one: list[float], other: list[float]) -> float:
     return sum(a * b for a, b in zip(one, other, strict=True))
 
 
+VALIDATE = """
+import sys
+from pydantic import TypeAdapter
+from vllm.entrypoints.openai import run_batch  # noqa: F401  # the name that all versions have
+from vllm.entrypoints.launchers.run_batch import BatchRequestInput
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+import json
+for line in open(sys.argv[1]):
+    request = json.loads(line)
+    of_server = {"/v1/completions": CompletionRequest, "/v1/responses": ResponsesRequest}.get(request["url"])
+    if of_server is None:
+        body = BatchRequestInput.model_validate_json(line).body
+    else:
+        body = of_server.model_validate(request["body"])
+    print(type(body).__name__, sorted(set(body.model_extra or ())))
+"""
+
+
+@pytest.mark.engine
+def test_vllm_reads_every_shape_as_what_it_is(bodies: Bodies, tmp_path: Path) -> None:
+    rows = [{"question": "q", "documents": ["a", "b"]}, {"question": "q", "documents": "a", "image": PICTURE}]
+    lines = []
+    for endpoint in ENDPOINTS:
+        options: dict[str, Any] = {"response_schema": STRICT} if endpoint.pooling is None else {}
+        for url in endpoint.paths:
+            made = bodies(rows, url=url, on_bad_image="text-only", **options)
+            lines += [{"custom_id": "r", "method": "POST", "url": url, "body": {"model": "m", **body}} for body in made]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = subprocess.run(
+        [sys.executable, "-c", VALIDATE, str(tmp_path / "lines.jsonl")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        *["ChatCompletionRequest []"] * 2,
+        *["ResponsesRequest []"] * 2,
+        *["CompletionRequest []"] * 2,
+        "EmbeddingCompletionRequest []",
+        "EmbeddingChatRequest []",
+        *["ScoreTextRequest []"] * 4,
+        *["RerankRequest []"] * 6,
+    ]
+
+
 TEXTS = ["A cat sleeps on the sofa.", "A kitten naps on the couch.", "The stock market fell sharply today."]
 QUERY = "What is the capital of France?"
 DOCUMENTS = ["Bread is made of flour and water.", "Paris is the capital of France.", "France is a country in Europe."]
@@ -513,6 +574,7 @@ def test_real_completions_responses_and_a_schema_at_one_server(tmp_path: Path) -
     assert {result["batchkit"]["verdict"] for result in completions} <= {"answered", "truncated"}
     assert all(isinstance(result["raw_response"], str) for result in completions)
     assert all(result["batchkit"]["usage"]["completion_tokens"] <= 8 for result in completions)
+    assert {row["truth"] for row in rows} & {"even", "odd"}, "left alone, the model would answer some with a word"
     parsed = [result["parsed_answer"] for result in results_of(tmp_path / "schema")]
     assert schema.verdicts[Verdict.ANSWERED] == 60, results_of(tmp_path / "schema")
     assert all(isinstance(answer, int) and 0 <= answer <= 9 for answer in parsed)
