@@ -71,7 +71,7 @@ def _imported(text: str) -> Any:
             found: Any = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part)
-        except Exception as exc:  # the module is the user's: it may fail in any way
+        except (Exception, SystemExit) as exc:  # the module is the user's: it may fail in any way
             raise InputError(
                 f"--response-schema {text}: cannot be imported: {type(exc).__name__}: {exc}",
                 hint="the module must be installed, or lie in the current directory",
