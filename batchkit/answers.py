@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from batchkit import schemas
 from batchkit.errors import UsageError
 
 Parser = Callable[[Any], Any]
@@ -107,20 +108,15 @@ def _json_parser(schema: Any) -> Parser:
 
 
 def _schema_check(schema: Any) -> Callable[[Any], None]:
-    import jsonschema
-    from jsonschema.exceptions import best_match
-
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as exc:
-        raise UsageError(f"the response schema is no JSON schema: {exc.message}") from exc
-    validator = kind(schema)
+    find_fault = schemas.checker(schema)
 
     def check(value: Any) -> None:
-        error = best_match(validator.iter_errors(value))
-        if error is not None:
-            raise ParseError(f"does not match the schema: {error.json_path}: {error.message[:200]}")
+        try:
+            fault = find_fault(value)
+        except Exception as exc:  # a hostile answer, or a reference that only this answer leads to
+            raise ParseError(f"cannot be checked against the schema: {type(exc).__name__}") from exc
+        if fault is not None:
+            raise ParseError(f"does not match the schema: {fault}")
 
     return check
 

@@ -14,7 +14,8 @@ from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.costs import Costs, refuse_too_dear
 from batchkit.errors import UsageError
 from batchkit.handover import Cost, Pace, Settings
-from batchkit.limits import OWN
+from batchkit.limits import OWN, who_runs
+from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.responses import ANSWERS, Verdict
@@ -69,6 +70,11 @@ def submit_run(
         key_env=keywords.get("api_key_env"),
         window=keywords.get("completion_window"),
     )
+    if not is_foreign(run) and not target.limits.takes(run.manifest.url):
+        raise UsageError(
+            f"{target.host_name or backend} does not run {run.manifest.url}, for which the run was prepared",
+            hint=f"--backend {' or '.join(who_runs(run.manifest.url))}",
+        )
     service, key_env = targets.connect(target)
     if run.manifest.backend in OWN:
         progress.say(

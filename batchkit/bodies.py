@@ -137,9 +137,15 @@ def _responses_endpoint(body: dict[str, Any]) -> Found:
 
 
 def _values(entries: list[Any]) -> Found:
-    """Embeddings, scores, pooling: the values in the order of their index, a single one by itself; else as it is."""
+    """Embeddings, scores, pooling: the values in the order of their index, a single one by itself. Rerank: the indices
+    with their scores, the best first. Else as it is."""
     if not entries:
         return Found("none", message="the response has no values")
+    if all(isinstance(entry, dict) and "relevance_score" in entry for entry in entries):
+        # rerank: the documents themselves are in the row
+        return Found(
+            "answered", [{"index": entry.get("index"), "score": entry["relevance_score"]} for entry in entries]
+        )
     for key in ("embedding", "score"):
         if all(isinstance(entry, dict) and key in entry for entry in entries):
             ordered = sorted(entries, key=_index)

@@ -24,6 +24,7 @@ from batchkit.cli_options import (
     submit_options,
 )
 from batchkit.errors import BatchkitError, UsageError
+from batchkit.limits import SERVED
 
 INTERRUPTED = 130
 """The shell's code for a process ended by SIGINT (128 + 2)."""
@@ -93,8 +94,9 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
             report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
     cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
-        verb = "submit" if report.to_send else "merge"
-        click.echo(f"\nnext: batchkit {verb} {run}" if report.requests else "\nnothing to submit", err=True)
+        served = " --engine serve" if options["backend"] == "vllm" and options["url"] in SERVED else ""
+        command = f"submit {run}{served}" if report.to_send else f"merge {run}"
+        click.echo(f"\nnext: batchkit {command}" if report.requests else "\nnothing to submit", err=True)
 
 
 def _prepare_keywords(options: dict[str, Any]) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from batchkit.endpoints import URLS
+
 # As in options and limits, which are not imported here: that would load pydantic for `--help`.
 BACKENDS = ["vllm", "server", "openai", "gemini"]
 HOST_NAMES = ["openai", "azure", "groq", "together", "dashscope"]
@@ -49,6 +51,14 @@ prepare_options = add_options(
         help="batch: rows that are requests in OpenAI batch format; they are kept as they are.",
     ),
     click.option(
+        "--url",
+        type=click.Choice(URLS),
+        default=URLS[0],
+        show_default=True,
+        metavar="PATH",
+        help=f"The endpoint: {', '.join(URLS[1:])}.",
+    ),
+    click.option(
         "--image-field",
         multiple=True,
         metavar="FIELD",
@@ -84,6 +94,16 @@ prepare_options = add_options(
         type=click.IntRange(-1),
         metavar="TOKENS",
         help="Gemini: tokens for thinking; -1: its choice.",
+    ),
+    click.option(
+        "--response-schema",
+        metavar="FILE|MODULE:MODEL",
+        help="Answers are JSON that matches this JSON schema, or pydantic model; merge checks it.",
+    ),
+    click.option(
+        "--documents-field",
+        metavar="FIELD",
+        help="For score and rerank: a text or a list of them. [default: documents]",
     ),
     click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
     click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
@@ -211,10 +231,8 @@ merge_options = add_options(
     click.option("-o", "--output", metavar="FILE", help="Where the results go. [default: RUN/results.jsonl]"),
     click.option(
         "--parse",
-        default="text",
-        show_default=True,
         metavar="HOW",
-        help="parsed_answer: text, json, choice, number or regex:PATTERN.",
+        help="parsed_answer: text, json, choice, number or regex:PATTERN. [default: text; json with a schema]",
     ),
     click.option("--prefix", default="", metavar="TEXT", help="Put before the names of the fields that a result adds."),
     click.option("--retry-file", metavar="FILE", help="Rows without an answer. [default: RUN/retry.jsonl]"),

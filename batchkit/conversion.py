@@ -13,9 +13,9 @@ from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.prompts import compile_template
-from batchkit.requests import RequestMaker, fingerprint
+from batchkit.requests import Documents, RequestMaker, fingerprint
 from batchkit.runs import OUR_NAMES
-from batchkit.tasks import Fields, Row, Task
+from batchkit.tasks import DOCUMENTS_FIELD, Fields, Row, Task
 
 OUR_NAMES_SET = frozenset(OUR_NAMES)
 
@@ -66,6 +66,7 @@ class Converter:
             parameters=options.parameters,
             extra=options.extra_body,
             detail=options.image_detail,
+            url=options.url,
         )
 
         # Rows in batch format bring their own bodies; ours are alike in all that the dialect depends on.
@@ -104,10 +105,16 @@ class Converter:
         try:
             pictures = self._pictures(task)
             question = self._question(task)
+            documents = self._documents(task)
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
-        request = self._maker.line(task.custom_id, [*pictures, question])
+        request = self._maker.line(task.custom_id, [*pictures, question], documents)
         return Converted(task.custom_id, request, pixels=sum(p.pixels for p in pictures), names=names)
+
+    def _documents(self, task: Task) -> Documents:
+        if not self._options.endpoint.takes("documents_field", self._options.backend):
+            return None
+        return tasks.documents_of(task.fields, self._options.documents_field or DOCUMENTS_FIELD)
 
     def _question(self, task: Task) -> str:
         question = self._render(task.fields) if self._render is not None else task.question or ""
@@ -119,6 +126,8 @@ class Converter:
         try:
             if not task.images and self._options.image_field is not None:
                 raise RowError("image", f"no image in {' or '.join(map(repr, self._options.image_field))}")
+            if task.images and not self._options.endpoint.takes("image_field", self._options.backend):
+                raise RowError("image", f"{self._options.url} of {self._options.backend} takes no images")
             return [images.load(image.source, self._root, self._image_options) for image in task.images]
         except RowError:
             if self._options.on_bad_image == "text-only":

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from batchkit import schemas
 from batchkit.errors import InputError, UsageError
 from batchkit.merging import merge
 from batchkit.options import Backend
@@ -49,7 +50,7 @@ def infer(
     run: str | Path | None = None,
     only: Iterable[Id] | None = None,
     retry_failed: bool = False,
-    parse: str = "text",
+    parse: str | None = None,
     id_field: str = "id",
     progress: Progress | None = None,
     prepare_options: Mapping[str, Any] | None = None,
@@ -60,7 +61,8 @@ def infer(
     A row is an object as in a task file: `image` (a path, a data URL, encoded bytes or a PIL image; or a list of these)
     and `question`; its id is its field `id_field`, or its place (from 0) where it has none. Rows without an answer have
     None. `only` asks and returns the rows with these ids alone; what other calls have answered stays. `retry_failed`
-    asks again what failed. `prepare_options` and `submit_options` are those of `prepare` and `submit`.
+    asks again what failed. `prepare_options` and `submit_options` are those of `prepare` and `submit`;
+    with a `response_schema` (a pydantic model, say) answers are the decoded JSON that matches it.
 
     Everything is kept in the run directory `run` (one in the user's cache, named by the rows and the options, unless
     given; there the sizes and times of image files count, too): called again, also after a kill, it asks only what has
@@ -72,6 +74,8 @@ def infer(
     lines, positions = _as_lines(rows, id_field)
     wanted = None if only is None else _chosen(positions, only)
     options = {name: _plain(value) for name, value in (prepare_options or {}).items()}
+    if options.get("response_schema") is not None:
+        options["response_schema"] = schemas.load(options["response_schema"])
     if lines and not msgspec.json.decode(lines[0]).keys() >= BATCH_KEYS:  # requests name no files
         options.setdefault("image_root", str(Path.cwd()))
     folder = Path(run).expanduser().absolute() if run is not None else _cached(lines, model, backend, options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 CHAT = "/v1/chat/completions"
+SERVED = ("/v1/responses", "/v1/completions")
+"""What vLLM's server runs, and its batch runner does not."""
 IMAGES = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif"})
 
 
@@ -145,3 +147,13 @@ GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 def limits_of(backend: str, host: str = "openai") -> Limits:
     """The limits of a backend, for `openai` those of the host."""
     return HOSTS[host].limits if backend == "openai" else LIMITS[backend]
+
+
+def runs(backend: str, url: str, host: str = "openai") -> bool:
+    """Whether a backend runs requests to `url` in any way: vLLM also by its server."""
+    return limits_of(backend, host).takes(url) or (backend == "vllm" and url in SERVED)
+
+
+def who_runs(url: str) -> list[str]:
+    """The backends that run requests to `url`."""
+    return [backend for backend in LIMITS if runs(backend, url)]

@@ -39,7 +39,7 @@ class _Line(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Line).decode
 _encode = msgspec.json.Encoder().encode
 
-_SAID = ("messages", "input", "prompt", "instructions")
+_SAID = ("messages", "input", "prompt", "instructions", "text_1", "text_2", "queries", "query", "documents")
 _SCHEMAS = ("tools", "functions", "response_format", "text")
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _NOT_SAID = frozenset({"type", "role"})

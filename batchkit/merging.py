@@ -32,7 +32,7 @@ def merge(
     run: str | Path | Run | Sequence[str | Path | Run],
     *,
     output: str | Path | None = None,
-    parse: str = "text",
+    parse: str | None = None,
     prefix: str = "",
     retry_file: str | Path | None = None,
     progress: Progress | None = None,
@@ -40,7 +40,8 @@ def merge(
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
     `run` may be several runs: parts of one task file, in any order. Their results are one, in the order of the rows.
-    `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`; `prefix` goes before the names of
+    `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`, unless given `text`, or
+    `json` checked against the schema where a run was prepared with one; `prefix` goes before the names of
     the fields that a result adds. Nothing is replaced unless all of it was written. Raises `UsageError` where a row
     uses one of our names, or runs do not go together; `RunError` where a run is damaged, `RunBusyError` where another
     merge is at work.
@@ -50,6 +51,8 @@ def merge(
     if output is None and len(runs) > 1:
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
+    schemas = [run.manifest.response_schema for run in runs]
+    parse = parse or ("json" if any(schema is not None for schema in schemas) else "text")
     encoder = ResultEncoder(parse=parse, prefix=prefix)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
     prepared = [run.prepared() for run in runs]
@@ -66,7 +69,7 @@ def merge(
         with Outputs(to, encoder, billing) as outputs:
             for span in parts.spans:
                 manifest = span.run.manifest
-                encoder.turn_to(manifest.model)
+                encoder.turn_to(manifest.model, manifest.response_schema)
                 billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
                 for seal in span.seals():
                     _merge_shard(span.run, seal, outputs, billing)

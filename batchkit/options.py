@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 import msgspec
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from batchkit import schemas
+from batchkit.endpoints import NOT_OF_ALL, URLS, Endpoint, endpoint_at
 from batchkit.errors import UsageError
-from batchkit.limits import HOSTS, OWN, Limits, limits_of
+from batchkit.limits import CHAT, HOSTS, OWN, Limits, limits_of, runs, who_runs
 from batchkit.prompts import read_text_option
 
 InputFormat = Literal["auto", "jsonl", "batch"]
@@ -35,6 +38,7 @@ class PrepareKeywords(TypedDict, total=False):
     model: str
     backend: Backend
     host: HostName
+    url: str
     input_format: InputFormat
     image_field: tuple[str, ...] | None
     question_field: str
@@ -51,6 +55,8 @@ class PrepareKeywords(TypedDict, total=False):
     seed: int | None
     reasoning_effort: str | None
     thinking_budget: int | None
+    response_schema: dict[str, Any] | type[BaseModel] | str | Path | None
+    documents_field: str | None
     extra_body: dict[str, Any]
     max_side: int | None
     max_pixels: int | None
@@ -71,7 +77,8 @@ class PrepareOptions(BaseModel):
     rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound a
     shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
     `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
-    other runs: what they have answered already is taken over, the first named first.
+    other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
+    `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +86,7 @@ class PrepareOptions(BaseModel):
     model: Annotated[str, Field(min_length=1)]
     backend: Backend = "vllm"
     host: HostName = "openai"
+    url: str = CHAT
     input_format: InputFormat = "auto"
     image_field: tuple[str, ...] | None = None
     question_field: str = "question"
@@ -95,6 +103,8 @@ class PrepareOptions(BaseModel):
     seed: int | None = None
     reasoning_effort: str | None = None
     thinking_budget: Annotated[int, Field(ge=-1)] | None = None
+    response_schema: dict[str, Any] | None = None
+    documents_field: str | None = None
     extra_body: dict[str, Any] = {}
     max_side: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
@@ -110,7 +120,15 @@ class PrepareOptions(BaseModel):
     @classmethod
     def _defaults(cls, given: Any) -> Any:
         local = isinstance(given, dict) and given.get("backend", "vllm") in OWN
-        return {**LOCAL_DEFAULTS, **given} if local else given
+        endpoint = endpoint_at(given.get("url", CHAT)) if local else None
+        return {**LOCAL_DEFAULTS, **given} if endpoint is not None and endpoint.pooling is None else given
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _known(cls, url: str) -> str:
+        if endpoint_at(url) is None:
+            raise ValueError(f"{url!r} is none of {', '.join(URLS)}")
+        return url
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -135,6 +153,12 @@ class PrepareOptions(BaseModel):
         return limits_of(self.backend, self.host)
 
     @property
+    def endpoint(self) -> Endpoint:
+        endpoint = endpoint_at(self.url)
+        assert endpoint is not None  # noqa: S101  # it was checked
+        return endpoint
+
+    @property
     def shard_requests(self) -> int:
         return min(self.max_requests or self.limits.max_requests, self.limits.max_requests)
 
@@ -144,16 +168,31 @@ class PrepareOptions(BaseModel):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The keys of a request's body beside model and messages; None where there is nothing to send."""
-        token_key = HOSTS[self.host].token_key if self.backend == "openai" else "max_tokens"
+        """The keys of a request's body that options set; None where there is nothing to send."""
+        responses = self.endpoint.shape == "responses"
+        token_key = self.endpoint.token_key
+        if self.endpoint.shape == "chat" and self.backend == "openai":
+            token_key = HOSTS[self.host].token_key
+        effort = self.reasoning_effort
         return {
             token_key: self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
-            "reasoning_effort": self.reasoning_effort,
+            **({"reasoning": effort and {"effort": effort}} if responses else {"reasoning_effort": effort}),
             "thinking_budget": self.thinking_budget,
+            **(self._schema_members(self.response_schema) if self.response_schema is not None else {}),
         }
+
+    def _schema_members(self, schema: dict[str, Any]) -> dict[str, Any]:
+        named = {
+            "name": schemas.name_of(schema),
+            "schema": schema,
+            "strict": schemas.why_not_strict(schema) is None,
+        }
+        if self.endpoint.shape == "responses":
+            return {"text": {"format": {"type": "json_schema", **named}}}
+        return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
 def find_doubts(options: PrepareOptions) -> list[str]:
@@ -167,6 +206,12 @@ def find_doubts(options: PrepareOptions) -> list[str]:
         )
     if thinks and options.temperature is not None and not options.model.lower().startswith("gemini"):
         doubts.append(f"{options.model} may refuse a request with a temperature; leave --temperature out")
+    schema = options.response_schema
+    if schema is not None and options.backend == "openai" and (why := schemas.why_not_strict(schema)):
+        doubts.append(
+            f"the schema goes without strict mode, which takes no such one ({why}): answers may not match it, and are "
+            "`invalid` then"
+        )
     return doubts
 
 
@@ -176,18 +221,50 @@ def check(keywords: PrepareKeywords) -> PrepareOptions:
     Raises `UsageError` that names the first wrong one as it is written on the command line.
     """
     keywords = keywords.copy()
+    if (schema := keywords.get("response_schema")) is not None:
+        keywords["response_schema"] = schemas.load(schema)
     if (template := keywords.get("prompt_template")) is not None:
         keywords["prompt_template"] = read_text_option(template)
     if (system := keywords.get("system_prompt")) is not None:
         keywords["system_prompt"] = read_text_option(system)
     try:
-        return PrepareOptions(**keywords)
+        options = PrepareOptions(**keywords)  # type: ignore[arg-type]  # the schema is a dict by now
     except pydantic.ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         if not first["loc"]:  # of options that do not go together
             raise UsageError(first["msg"].removeprefix("Value error, "), hint="batchkit prepare --help") from exc
         flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"{flag}: {first['msg']}", hint="batchkit prepare --help") from exc
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{flag}: {message}", hint="batchkit prepare --help") from exc
+    _refuse_misplaced(options)
+    return options
+
+
+def _refuse_misplaced(options: PrepareOptions) -> None:
+    """Raise `UsageError` where the backend does not run the endpoint, or the endpoint does not take an option."""
+    url, backend = options.url, options.backend
+    if not runs(backend, url, options.host):
+        name = options.host if backend == "openai" else backend
+        taken = [known for known in URLS if runs(backend, known, options.host)]
+        raise UsageError(
+            f"{name} does not run {url}; it runs {', '.join(taken)}", hint=f"--backend {' or '.join(who_runs(url))}"
+        )
+    for option in PrepareOptions.model_fields:  # in the order in which they are documented
+        given = option in NOT_OF_ALL and getattr(options, option) is not None
+        if given and not options.endpoint.takes(option, backend):
+            flag = "--" + option.replace("_", "-")
+            raise UsageError(f"{flag} has no meaning for {url} of {backend}", hint=_instead(option))
+    schema_key = "text" if options.endpoint.shape == "responses" else "response_format"
+    if options.response_schema is not None and schema_key in options.extra_body:
+        raise UsageError(
+            f"--extra-body may not set {schema_key!r} beside --response-schema", hint="leave one of the two out"
+        )
+
+
+def _instead(option: str) -> str:
+    if option == "system_prompt":
+        return "--prompt-template '… {{ question }}' puts a text before the question"
+    return "leave it out"
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any]:

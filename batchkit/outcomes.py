@@ -8,10 +8,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
 
+from batchkit.answers import ParseError, Parser, parser
 from batchkit.errors import RunError
 from batchkit.jobs import OVER, TRIED, Attempt
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
@@ -47,7 +49,7 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
     `superseded` are responses of attempts that another one has taken the place of, each with its backend; what was
     taken over from another run is not among them: it cost nothing here.
     `unexpected` are whole lines that belong to no request of the shard, `unreadable` ones that are no responses (torn,
-    not JSON, no custom_id).
+    not JSON, no custom_id). `schema` is what the run's answers must match, None where anything goes.
     """
 
     seal: Seal
@@ -56,6 +58,7 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
     unexpected: list[bytes]
     unreadable: list[bytes]
     superseded: list[tuple[str | None, Response]] = []
+    schema: dict[str, Any] | None = None
 
 
 def load(run: Run, seal: Seal) -> ShardOutcomes:
@@ -63,7 +66,8 @@ def load(run: Run, seal: Seal) -> ShardOutcomes:
     ids = _read_ids(run, seal)
     rejections = {rejection.position - seal.start: rejection for rejection in seal.rejected}
     attempts = {attempt.number: attempt for attempt in run.job(seal.shard).attempts}
-    shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[])
+    schema = run.manifest.response_schema
+    shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[], schema=schema)
     # A rejected row may bear the id of the row that it repeats: responses belong to the row that was sent.
     index_of = {custom_id: index for index, custom_id in enumerate(ids) if index not in rejections}
     candidates = _read_responses(run, shard, attempts, index_of)
@@ -139,13 +143,27 @@ def to_send(
     """The positions that `submit` has to send (again), ascending.
 
     What is pending; what is missing or failed in passing (expired too) after fewer than `attempts` tries; and the
-    verdicts in `retry`, however often they were tried. Rejected rows never; `only` these positions, where given.
+    verdicts in `retry`, however often they were tried: `invalid` ones are those that do not match the run's schema.
+    Rejected rows never; `only` these positions, where given.
     """
+    judge = Verdict.INVALID in retry and outcomes.schema is not None
+    matches = parser("json", outcomes.schema) if judge else None
     return [
         position
         for position, outcome in enumerate(outcomes.outcomes, outcomes.seal.start)
-        if (only is None or position in only) and _is_due(outcome, attempts, retry)
+        if (only is None or position in only)
+        and (_is_due(outcome, attempts, retry) or (matches is not None and _is_invalid(outcome, matches)))
     ]
+
+
+def _is_invalid(outcome: Outcome, parse_answer: Parser) -> bool:
+    if outcome.verdict is not Verdict.ANSWERED or outcome.response is None or outcome.in_flight:
+        return False
+    try:
+        parse_answer(outcome.response.answer)
+    except ParseError:
+        return True
+    return False
 
 
 def to_retry(outcomes: ShardOutcomes, positions: Iterable[int], *, attempts: int) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from batchkit.limits import CHAT, Limits
+from batchkit.limits import Limits
 from batchkit.runs import Run, Seal, as_ranges
 from batchkit.shardfiles import request_lines
 from batchkit.shards import pack
@@ -26,7 +27,16 @@ class _Addressed(msgspec.Struct):
     url: str
 
 
-_url_of = msgspec.json.Decoder(_Addressed).decode
+_decode = msgspec.json.Decoder(_Addressed).decode
+
+
+def first_url(run: Run, seals: Sequence[Seal]) -> str:
+    """The endpoint of the first request, empty where there is none. A damaged file is told of when it is sent."""
+    for seal in seals:
+        with contextlib.suppress(OSError, ValueError), open(run.requests_path(seal.shard), "rb") as stream:
+            if line := stream.readline():
+                return _decode(line).url
+    return ""
 
 
 def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[Parcel]:
@@ -38,11 +48,11 @@ def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[
         return []
     whole = len(positions) == seal.requests and seal.requests <= limits.max_requests
     if whole and seal.requests_bytes <= limits.max_bytes and not is_foreign(run):
-        return [Parcel(seal=seal, positions=list(positions), url=CHAT, size=seal.requests_bytes)]
+        return [Parcel(seal=seal, positions=list(positions), url=run.manifest.url, size=seal.requests_bytes)]
     mixed = is_foreign(run)
     sizes: dict[str, list[tuple[int, int]]] = {}
     for position, line in zip(positions, request_lines(run, seal, as_ranges(positions)), strict=True):
-        sizes.setdefault(_url_of(line).url if mixed else CHAT, []).append((position, len(line)))
+        sizes.setdefault(_decode(line).url if mixed else run.manifest.url, []).append((position, len(line)))
     return [parcel for url, entries in sizes.items() for parcel in _packed(seal, url, entries, limits)]
 
 

@@ -62,7 +62,7 @@ def merge_pile(
     output: str | Path | None = None,
     id_fields: Sequence[str] = ("id",),
     id_separator: str = "|",
-    parse: str = "text",
+    parse: str | None = None,
     prefix: str = "",
     retry_file: str | Path | None = None,
     progress: Progress | None = None,
@@ -76,7 +76,7 @@ def merge_pile(
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
     check_rereadable(str(tasks))
-    encoder = ResultEncoder(parse=parse, prefix=prefix)
+    encoder = ResultEncoder(parse=parse or "text", prefix=prefix)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
     places(output, retry_file, never=[Path(name) for name in (str(tasks), *files) if not is_remote(name)])

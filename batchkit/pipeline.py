@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from batchkit.errors import ServiceError
+from batchkit.limits import CHAT
 from batchkit.options import PrepareKeywords
 from batchkit.preparation import prepare
 from batchkit.progress import Console, Silent
@@ -53,7 +54,7 @@ def run(
     poll_interval: float | None = None,
     delete_remote: bool = False,
     output: str | Path | None = None,
-    parse: str = "text",
+    parse: str | None = None,
     prefix: str = "",
     retry_file: str | Path | None = None,
     show: Show = lambda stage: Silent(),  # noqa: ARG005  # the same for each stage
@@ -69,10 +70,11 @@ def run(
     from batchkit.merging import check_names, merge
     from batchkit.outputs import places
     from batchkit.results import ResultEncoder
-    from batchkit.submission import submit
+    from batchkit.submission import refuse_endpoint, submit
 
-    # What merge would refuse is refused before anything is paid for.
-    ResultEncoder(parse=parse, prefix=prefix)
+    # What submit and merge would refuse is refused before anything is made or paid for.
+    refuse_endpoint(keywords.get("url", CHAT), keywords.get("backend", "vllm"), engine)
+    ResultEncoder(parse=parse or "text", prefix=prefix)
     places(output or Path(run) / "results.jsonl", retry_file, never=[Path(tasks)])
     with show("prepare") as progress:
         report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)

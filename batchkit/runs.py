@@ -20,6 +20,7 @@ import msgspec
 from batchkit import leases
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
+from batchkit.limits import CHAT
 from batchkit.measures import Totals
 from batchkit.storage import open_read, read_lines, write_whole
 
@@ -50,6 +51,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     backend: str
     options: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        """The endpoint of the requests, where batchkit made them."""
+        return str(self.options.get("url", CHAT))
+
+    @property
+    def response_schema(self) -> dict[str, Any] | None:
+        """What answers must match, None where anything goes."""
+        return self.options.get("response_schema")
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):

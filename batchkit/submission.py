@@ -20,10 +20,13 @@ from typing import Unpack
 from batchkit import sessions
 from batchkit.backends import vllm
 from batchkit.batch_submission import ServiceKeywords, submit_run
+from batchkit.endpoints import endpoint_at
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
 from batchkit.handover import Settings
+from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
+from batchkit.parcels import first_url, is_foreign
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
@@ -72,9 +75,9 @@ def submit(
     began = time.monotonic()
     run = run if isinstance(run, Run) else Run.open(run)
     backend = backend or run.manifest.backend
-    _refuse_unusable(
-        backend, attempts=attempts, limit=limit, retry=retry, engine=engine, engine_args=engine_args, others=others
-    )
+    _refuse_unusable(backend, attempts=attempts, limit=limit, engine=engine, engine_args=engine_args, others=others)
+    _refuse_senseless(run, retry)
+    refuse_endpoint(run.manifest.url, backend, engine)
     progress = progress or Silent()
     seals = _sealed(run, progress)
     chosen = _select(list(seals.values()), shards)
@@ -94,7 +97,9 @@ def submit(
             with run.lease("submit") if shards is None else contextlib.nullcontext():
                 report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=others)
         else:
-            runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
+            runner = vllm.Vllm(
+                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=_pooling(run, chosen)
+            )
             _tell_recovered(sessions.recover(run, seals), progress)
             if engine == "serve":
                 report = submit_served(
@@ -105,6 +110,13 @@ def submit(
                 report = _run_engines(run, seals, scan, runner, progress, settings=common)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _pooling(run: Run, seals: Sequence[Seal]) -> str | None:
+    """vLLM's word for what the requests ask of a model that generates nothing. Of requests that came as they are the
+    first one tells it: one model either generates or does not."""
+    endpoint = endpoint_at(first_url(run, seals) if is_foreign(run) else run.manifest.url)
+    return endpoint.pooling if endpoint is not None else None
 
 
 def _run_engines(
@@ -142,7 +154,6 @@ def _refuse_unusable(
     *,
     attempts: int,
     limit: int | None,
-    retry: frozenset[Verdict],
     engine: str,
     engine_args: Sequence[str],
     others: OtherKeywords,
@@ -156,7 +167,6 @@ def _refuse_unusable(
     if engine_args and backend != "vllm":
         raise UsageError(f"arguments behind -- go to vLLM; {backend} takes none", hint="leave them out")
     _refuse_foreign("serve" if engine == "serve" and backend == "vllm" else backend, others)
-    _refuse_senseless(retry)
 
 
 def responses_count(run: Run | str | Path) -> int:
@@ -225,16 +235,26 @@ def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:
         )
 
 
-def _refuse_senseless(retry: frozenset[Verdict]) -> None:
+def refuse_endpoint(url: str, backend: str, engine: str) -> None:
+    """Raise `UsageError` where vLLM's batch runner is to run what its server alone runs."""
+    if backend == "vllm" and engine == ENGINES[0] and url in SERVED:
+        raise UsageError(
+            f"vLLM's batch runner does not run {url}, only its server does",
+            hint="--engine serve starts it; --backend server asks one that runs already",
+        )
+
+
+def _refuse_senseless(run: Run, retry: frozenset[Verdict]) -> None:
     """Refuse verdicts that no sending can change, or that only `merge` knows."""
     if Verdict.REJECTED in retry:
         raise UsageError(
             "--retry rejected: these rows never became requests",
             hint="mend the rows (retry.jsonl of merge lists them) and prepare them into a new run",
         )
-    if Verdict.INVALID in retry:
+    if Verdict.INVALID in retry and run.manifest.response_schema is None:
         raise UsageError(
-            "--retry invalid: which answers do not parse is known to merge alone, by its --parse",
+            "--retry invalid: which answers do not parse is known to merge alone, by its --parse, unless the run has a "
+            "--response-schema",
             hint="batchkit prepare the rows again, or --retry answered to send all answered rows again",
         )
 

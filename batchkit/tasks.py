@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from batchkit.endpoints import endpoint_at
 from batchkit.errors import InputError, RowError
 from batchkit.storage import is_plain_local, open_read
 
@@ -27,6 +28,8 @@ COUNTED_BYTES = 2_000_000_000
 """Files up to this size are counted before they are read: that takes a second."""
 
 DEFAULT_IMAGE_FIELD = "image"
+DOCUMENTS_FIELD = "documents"
+"""Where the documents of score and rerank are, unless `--documents-field` says otherwise."""
 DEFAULT_ID_FIELD = "id"
 
 _decode = msgspec.json.Decoder().decode
@@ -172,6 +175,22 @@ def _question(fields: dict[str, Any], names: Fields) -> str | None:
     raise RowError("field", f"question field {names.question!r} is {_kind(value)}, not text")
 
 
+def documents_of(fields: dict[str, Any], name: str) -> str | list[str]:
+    """What the row's question is compared with: one text, or a list of them. Raises `RowError` where it is neither."""
+    value = fields.get(name)
+    if isinstance(value, str) and value.strip():
+        return value
+    if not isinstance(value, list) or not value:
+        lack = (
+            f"is missing; {_has(fields)}" if name not in fields else f"is {_kind(value)}, not a text or a list of texts"
+        )
+        raise RowError("field", f"documents field {name!r} {lack}")
+    for index, document in enumerate(value):
+        if not isinstance(document, str) or not document.strip():
+            raise RowError("field", f"documents field {name!r}[{index}] is {_kind(document)}, not text")
+    return value
+
+
 def check_batch_line(fields: dict[str, Any]) -> str:
     """Check a row that is a request already, and return its custom_id. Raises `RowError` with the field's name."""
     custom_id = fields.get("custom_id")
@@ -186,8 +205,12 @@ def check_batch_line(fields: dict[str, Any]) -> str:
         raise RowError("field", f"body is {_kind(body)}, not an object")
     if not isinstance(body.get("model"), str):
         raise RowError("field", f"body.model is {_kind(body.get('model'))}, not text")
-    if fields["url"] == "/v1/chat/completions":
+    endpoint = endpoint_at(fields["url"])
+    if endpoint is not None and endpoint.shape == "chat":
         _check_messages(body)
+    for names in endpoint.needs if endpoint is not None else ():
+        if all(body.get(name) is None for name in names):
+            raise RowError("field", f"body has no {' or '.join(map(repr, names))}, which {fields['url']} needs")
     return custom_id
 
 

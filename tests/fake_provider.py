@@ -231,6 +231,8 @@ class Provider:
 def _question(line: dict[str, Any]) -> str:
     if "key" in line:
         return "".join(part.get("text", "") for part in line["request"]["contents"][-1]["parts"])
+    if "messages" not in line["body"]:
+        return str(line["body"].get("input"))
     content = line["body"]["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 

@@ -33,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[bytes] = []
         self.times: list[float] = []
         self.models = ["m"]
+        self.say: Callable[[str], str] = lambda question: f"answer to {question}"
         self.key: str | None = None
         self.elsewhere: str | None = None
         self.delay = 0.0
@@ -62,8 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         server = self.server
         body = json.loads(raw)
-        question = body["messages"][-1]["content"] if "messages" in body else str(body.get("input"))
-        question = question if isinstance(question, str) else question[-1]["text"]
+        question = question_of(body)
         with server.lock:
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
@@ -77,18 +77,17 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if server.delay:
                 time.sleep(server.delay)
-            self.answer(question)
+            self.answer(question, body)
         finally:
             with server.lock:
                 server.busy -= 1
 
-    def answer(self, question: str) -> None:
+    def answer(self, question: str, body: dict[str, Any]) -> None:
         with self.server.lock:
             self.server.answered[question] += 1
-        message = {"role": "assistant", "content": f"answer to {question}"}
         usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
-        self.send(200, {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": usage,
-                        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})  # fmt: skip
+        named = {"id": "c", "created": 1, "model": "m", "usage": usage}
+        self.send(200, {**named, **reply_of(self.path, body, self.server.say(question))})
 
     def send(self, code: int, value: Any, headers: dict[str, str] | None = None, *, cut: bool = False) -> None:
         data = json.dumps(value).encode()
@@ -106,6 +105,38 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with suppress(OSError):
             self.connection.shutdown(2)
+
+
+def question_of(body: dict[str, Any]) -> str:
+    """The text that a request of any endpoint asks about."""
+    asked = next(body[key] for key in ("messages", "input", "prompt", "query", "text_1") if key in body)
+    if isinstance(asked, list) and asked and isinstance(asked[-1], dict):
+        asked = asked[-1]["content"]
+    return asked[-1]["text"] if isinstance(asked, list) else str(asked)
+
+
+def reply_of(path: str, body: dict[str, Any], text: str) -> dict[str, Any]:
+    """What vLLM 0.32 says at each endpoint. Documents score by their length, a question's vector is its length too."""
+    scores = [len(document) for document in as_list(body.get("documents", body.get("text_2", [])))]
+    if path == "/v1/completions":
+        return {"object": "text_completion", "choices": [{"index": 0, "text": text, "finish_reason": "stop"}]}
+    if path == "/v1/responses":
+        message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+        return {"object": "response", "status": "completed", "output": [{"type": "reasoning"}, message]}
+    if path == "/v1/embeddings":
+        return {"object": "list", "data": [{"index": 0, "embedding": [float(len(question_of(body))), 0.5]}]}
+    if path.endswith("/score"):
+        data = [{"index": at, "object": "score", "score": score} for at, score in enumerate(scores)]
+        return {"object": "list", "data": data[::-1]}
+    if path.endswith("/rerank"):
+        ranked = sorted(enumerate(scores), key=lambda entry: -entry[1])
+        return {"results": [{"index": at, "document": {"text": "…"}, "relevance_score": n} for at, n in ranked]}
+    message = {"role": "assistant", "content": text}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 # -- faults: they return whether the request is done with ------------------------------------------------------------

