@@ -13,7 +13,7 @@ from batchkit.errors import UsageError
 from batchkit.limits import HOSTS, OWN, Limits, limits_of
 from batchkit.prompts import read_text_option
 
-InputFormat = Literal["auto", "jsonl", "batch"]
+InputFormat = Literal["auto", "jsonl", "batch", "csv", "tsv", "parquet", "hf", "vlmevalkit"]
 Backend = Literal["vllm", "openai", "gemini", "server"]
 HostName = Literal["openai", "azure", "groq", "together", "dashscope"]
 

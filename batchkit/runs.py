@@ -33,11 +33,13 @@ OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
-    """The task file as it was. `modified` is its mtime in ns, None where the storage has none."""
+    """The task file as it was. `modified` is its mtime in ns, None where the storage has none; `fingerprint` is that of
+    a Hugging Face dataset."""
 
     uri: str
     bytes: int
     modified: int | None = None
+    fingerprint: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +68,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     `pixels` sums the decoded pixels of all images: what an engine that decodes them all at once needs memory for.
     `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
     `names_in_use` are the fields of a result that rows of the shard have already. `tokens` estimates what the requests
-    take, where a provider bills them.
+    take, where a provider bills them. `attached_checksum` is of the images that came with the rows, beside their JSON.
     """
 
     shard: int
@@ -84,6 +86,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     next_offset: int
     names_in_use: list[str] = []
     tokens: Totals | None = None
+    attached_checksum: str = ""
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
