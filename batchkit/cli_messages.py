@@ -43,6 +43,8 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
         from batchkit.pricing import describe
 
         click.echo(describe(report.estimate))
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     if report.names_in_use:

@@ -12,6 +12,7 @@ from batchkit.endpoints import URLS
 # As in options and limits, which are not imported here: that would load pydantic for `--help`.
 BACKENDS = ["vllm", "server", "openai", "gemini"]
 HOST_NAMES = ["openai", "azure", "groq", "together", "dashscope"]
+INPUT_FORMATS = ["auto", "jsonl", "batch", "csv", "tsv", "parquet", "hf", "vlmevalkit"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,10 +46,11 @@ prepare_options = add_options(
     ),
     click.option(
         "--input-format",
-        type=click.Choice(["auto", "jsonl", "batch"]),
+        type=click.Choice(INPUT_FORMATS),
         default="auto",
         show_default=True,
-        help="batch: rows that are requests in OpenAI batch format; they are kept as they are.",
+        help="auto goes by name and content. batch: rows that are requests in OpenAI batch format, kept as they are; "
+        "hf: hf://NAME:SPLIT or a folder of save_to_disk.",
     ),
     click.option(
         "--url",

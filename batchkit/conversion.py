@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import gemini_requests, images, tasks
+from batchkit import gemini_requests, images, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
@@ -50,8 +50,9 @@ class Converter:
         self._fields = Fields(
             images=options.image_field,
             question=options.question_field,
-            ids=options.id_fields,
+            ids=options.id_fields or (vlmevalkit.ID_FIELDS if options.input_format == "vlmevalkit" else None),
             question_needed=template is None,
+            compose=vlmevalkit.question_of if options.input_format == "vlmevalkit" else None,
         )
         self._image_options = ImageOptions(
             media_types=self._limits.media_types,
@@ -91,7 +92,7 @@ class Converter:
                 raise RowError("size", f"the request has {size:,} bytes, a shard at most {self._options.shard_bytes:,}")
         except RowError as exc:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
-            custom_id = tasks.make_custom_id(row.position, row.raw)
+            custom_id = tasks.make_custom_id(row.position, tasks.whole(row))
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
         if done.request is not None and self._options.reuse:
             done = done._replace(fingerprint=fingerprint(done.request))
@@ -124,11 +125,16 @@ class Converter:
 
     def _pictures(self, task: Task) -> Sequence[Picture]:
         try:
-            if not task.images and self._options.image_field is not None:
-                raise RowError("image", f"no image in {' or '.join(map(repr, self._options.image_field))}")
+            found = {image.field for image in task.images}
+            for name in self._options.image_field or ():
+                if name not in found:  # with fewer images than asked for, «the second image» would mean another one
+                    raise RowError("image", f"no image in {name!r}")
             if task.images and not self._options.endpoint.takes("image_field", self._options.backend):
                 raise RowError("image", f"{self._options.url} of {self._options.backend} takes no images")
-            return [images.load(image.source, self._root, self._image_options) for image in task.images]
+            return [
+                images.load(image.source, self._root, self._image_options, name=f"(field {image.field!r})")
+                for image in task.images
+            ]
         except RowError:
             if self._options.on_bad_image == "text-only":
                 return ()  # all of them: with one left out, «the second image» would mean another one

@@ -11,6 +11,8 @@ from batchkit.errors import CredentialsError
 
 HIDDEN = "[key]"
 SECRET_BYTES = 12
+HUB_TOKENS = ("HF_TOKEN", "HUGGINGFACE_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Where the token of the Hugging Face hub is looked for, in this order."""
 _LIKE_A_KEY = re.compile(r"\b(?:sk|gsk|pk|rk)[-_][A-Za-z0-9*_-]{6,}|\bAIza[A-Za-z0-9_-]{10,}")
 """Providers quote keys in their errors, some of them with stars in the middle."""
 

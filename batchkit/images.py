@@ -64,12 +64,14 @@ class Picture(NamedTuple):
     pixels: int
 
 
-def load(reference: str, root: Path, options: ImageOptions) -> Picture:
+def load(reference: str | bytes, root: Path, options: ImageOptions, *, name: str = "(bytes)") -> Picture:
     """Read, check and where needed change one image.
 
-    `reference` is a path (relative to `root`), a `file://` URI or a `data:` URL. Raises `RowError` with code `image`,
-    and a message that names the reference.
+    `reference` is a path (relative to `root`), a `file://` URI or a `data:` URL, or the encoded bytes themselves, which
+    messages call `name`. Raises `RowError` with code `image`, and a message that names the reference.
     """
+    if isinstance(reference, bytes):
+        return convert(reference, options, name=name)
     data = _read(reference, root)
     return convert(data, options, name=_shown(reference))
 

@@ -16,7 +16,7 @@ from batchkit.errors import UsageError
 from batchkit.limits import CHAT, HOSTS, OWN, Limits, limits_of, runs, who_runs
 from batchkit.prompts import read_text_option
 
-InputFormat = Literal["auto", "jsonl", "batch"]
+InputFormat = Literal["auto", "jsonl", "batch", "csv", "tsv", "parquet", "hf", "vlmevalkit"]
 Backend = Literal["vllm", "openai", "gemini", "server"]
 HostName = Literal["openai", "azure", "groq", "together", "dashscope"]
 

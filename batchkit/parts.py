@@ -90,7 +90,7 @@ def _refuse_other_files(runs: Sequence[Run]) -> None:
         names = f"{run.path} was prepared from {other.uri}, {runs[0].path} from {one.uri}"
         if one.bytes != other.bytes:
             raise UsageError(f"{names}: files of {other.bytes:,} and {one.bytes:,} bytes are not one", hint=_ONE_FILE)
-        if None not in (one.spots, other.spots) and one.spots != other.spots:
+        if None not in (one.fingerprint, other.fingerprint) and one.fingerprint != other.fingerprint:
             raise UsageError(f"{names}: these files are not the same", hint=_ONE_FILE)
 
 

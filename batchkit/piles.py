@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import msgspec
 
 from batchkit.errors import InputError, RowError, UsageError
+from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
 from batchkit.outputs import Outputs, Places, places
 from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, gist, parse
 from batchkit.results import ResultEncoder
 from batchkit.spills import Partitions, merge_numbered, numbered, write_lines
-from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, read_lines
+from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines
 from batchkit.summaries import Summary
-from batchkit.tasks import parse_object, read_rows
+from batchkit.tasks import parse_object
 
 PARTITION_BYTES = 32 << 20
 """About so many bytes of responses are joined at once."""
@@ -75,15 +76,15 @@ def merge_pile(
     """
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
-    check_rereadable(str(tasks))
+    source = open_source(tasks)
     encoder = ResultEncoder(parse=parse or "text", prefix=prefix)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
     places(output, retry_file, never=[Path(name) for name in (str(tasks), *files) if not is_remote(name)])
-    pile = _Pile(str(tasks), files, tuple(id_fields), id_separator)
+    pile = _Pile(source, files, tuple(id_fields), id_separator)
     progress = progress or Silent()
     with Outputs(to, encoder) as outputs:
-        for row, outcome in zip_longest(read_rows(str(tasks)), pile.outcomes(outputs, to)):
+        for row, outcome in zip_longest(source.rows(), pile.outcomes(outputs, to)):
             if row is None or outcome is None:
                 raise InputError(f"{tasks}: changed while it was merged", hint="run the same command again")
             outputs.add(row.raw, outcome)
@@ -115,15 +116,16 @@ def _glob(pattern: str) -> list[Path]:
 
 
 class _Pile:
-    def __init__(self, tasks: str, files: list[str], id_fields: tuple[str, ...], separator: str) -> None:
-        self._tasks = tasks
+    def __init__(self, source: Source, files: list[str], id_fields: tuple[str, ...], separator: str) -> None:
+        self._source = source
+        self._tasks = source.uri
         self._files = files
         self._id_fields = id_fields
         self._separator = separator
 
     def outcomes(self, outputs: Outputs, to: Places) -> Iterator[Outcome]:
         """One outcome per row, in row order. Lines that belong to no row go to `outputs`."""
-        count = max(1, -(-sum(map(_size, [self._tasks, *self._files])) // PARTITION_BYTES))
+        count = max(1, -(-(self._source.size + sum(map(_size, self._files))) // PARTITION_BYTES))
         if count == 1:
             rejected: list[_Joined] = []
             joined = _join(self._ids(rejected), self._lines(), self._tasks, outputs)
@@ -161,8 +163,10 @@ class _Pile:
 
     def _ids(self, rejected: list[_Joined]) -> Iterator[_Id]:
         """The rows that have an id, in order; outcomes of the others go to `rejected`."""
-        for row in read_rows(self._tasks):
+        for row in self._source.rows():
             try:
+                if row.fault is not None:
+                    raise RowError(*row.fault)
                 yield _Id(row.position, row.line, self._custom_id(row.raw))
             except RowError as exc:
                 message = f"{self._tasks}:{row.line}: {exc.message}"

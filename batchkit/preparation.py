@@ -14,17 +14,17 @@ import batchkit
 from batchkit import options as prepare_options
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
+from batchkit.inputs import Source, open_source
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
-from batchkit.reuse import KnownAnswers, named, open_source
+from batchkit.reuse import KnownAnswers, named, open_known
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
-from batchkit.storage import check_rereadable, is_remote, spots_checksum
 from batchkit.takeovers import as_it_stands, clear_behind
 from batchkit.tallies import Report, Tally
-from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
+from batchkit.tasks import FILE_START, Place, Row
 from batchkit.workers import convert_all
 
 
@@ -37,7 +37,7 @@ def prepare(
     progress: Progress | None = None,
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
-    """Prepare the rows of the file `tasks` as requests in the run directory `run`.
+    """Prepare the rows of the file or dataset `tasks` as requests in the run directory `run`.
 
     `keywords` are the options that `PrepareOptions` describes; `model` is needed unless the rows are requests in OpenAI
     batch format. Rows that cannot become requests are rejected and counted, never dropped; with `strict` the first one
@@ -46,20 +46,21 @@ def prepare(
     Called again with the same input and options it goes on where it stopped, or does nothing. Raises `RunError` where
     the run was prepared with others, `InputError` for an unusable file, `UsageError` for unusable options.
     """
-    uri, options = _settle(tasks, keywords)
-    manifest = _manifest(uri, options)
+    source, options = _settle(tasks, keywords)
+    manifest = _manifest(source, options)
     if not Run.exists(run):  # else a preparation that is finished needs them no more
         for name in named(options.reuse):
-            open_source(name, run)
+            open_known(name, run)
     target = Run.create(run, manifest)
     with target.lease("prepare"):
         _refuse_other(target, manifest)
-        if target.manifest.input.modified != manifest.input.modified and not rows_unchanged(target, uri):
+        if target.manifest.input != manifest.input and not rows_unchanged(target, source.rows):
             raise RunError(
-                f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
+                f"{target.path}: prepared from {source.uri} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
-        return _judged(_prepare_rest(target, options, workers, strict, progress or Silent()), options)
+        report = _prepare_rest(target, source, options, workers=workers, strict=strict, progress=progress or Silent())
+        return _judged(report, source, options)
 
 
 def plan(
@@ -70,30 +71,32 @@ def plan(
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
     """What `prepare` would make, exactly: every row is converted, nothing is written."""
-    uri, options = _settle(tasks, keywords)
+    source, options = _settle(tasks, keywords)
     tally = Tally()
-    _announce(uri, options, progress)
+    _announce(source, options, progress)
     draft: ShardDraft | None = None
-    root = _image_root(uri, options)
+    root = _image_root(source, options)
     with (
         KnownAnswers(named(options.reuse), progress or Silent()) as known,
-        closing(_sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded,
+        closing(_sharded(source, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded,
     ):
         for row, done, shard in sharded:
             if draft is None or draft.shard != shard:
                 if draft is not None:
                     tally.add(draft.sealed())
                 draft = ShardDraft(shard)
-            draft.add(row, done, _rejection(uri, row, done) if done.request is None else None, known.find(done))
+            rejection = _rejection(source.uri, row, done) if done.request is None else None
+            draft.add(row, done, rejection, known.find(done))
             (progress or Silent()).update(1)
     if draft is not None:
         tally.add(draft.sealed())
-    return _judged(tally.report, options)
+    return _judged(tally.report, source, options)
 
 
-def _judged(report: Report, options: PrepareOptions) -> Report:
-    """The report with what the options and the tokens give rise to."""
+def _judged(report: Report, source: Source, options: PrepareOptions) -> Report:
+    """The report with what the input, the options and the tokens give rise to."""
     report.reused = dict.fromkeys(named(options.reuse), 0) | report.reused
+    report.notes = source.notes()
     report.warnings = prepare_options.find_doubts(options)
     if report.tokens is not None:
         report.estimate = estimate(
@@ -102,29 +105,23 @@ def _judged(report: Report, options: PrepareOptions) -> Report:
     return report
 
 
-def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareOptions]:
-    """The input's absolute URI and the checked options, with the input format decided."""
-    uri = str(tasks)
-    if is_remote(uri):
-        raise InputError(f"{uri}: a task file must be local in this version", hint="download it first")
-    uri = str(Path(uri).expanduser().absolute())
-    check_rereadable(uri)
-    first = first_row(uri)
-    if first is None:
-        raise InputError(f"{uri}: has no rows", hint="check the path: the file is empty")
-    wanted = keywords.get("input_format", "auto")
-    batch_format = wanted == "batch" or (wanted == "auto" and first.keys() >= BATCH_KEYS)
+def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[Source, PrepareOptions]:
+    """The input and the checked options, with the input format decided."""
+    source = open_source(tasks, keywords.get("input_format", "auto"), keywords.get("image_field"))
+    if source.first is None:
+        raise InputError(f"{source.uri}: has no rows", hint="check the path: the file is empty")
+    batch_format = source.format == "batch"
     if "model" not in keywords or not keywords["model"]:
-        body = first.get("body") if batch_format else None
+        body = source.first.get("body") if batch_format else None
         if not isinstance(body, dict) or not isinstance(body.get("model"), str):
             raise UsageError("no model is named", hint="--model MODEL, as the backend calls it")
         keywords = {**keywords, "model": body["model"]}
     if batch_format:
         _refuse_conversion(keywords)
-    options = prepare_options.check({**keywords, "input_format": "batch" if batch_format else "jsonl"})
+    options = prepare_options.check({**keywords, "input_format": source.format})
     # Made once here for its errors (a template that does not parse, say), before there is a run to resume.
-    Converter(options, image_root=_image_root(uri, options), batch_format=batch_format)
-    return uri, options
+    Converter(options, image_root=_image_root(source, options), batch_format=batch_format)
+    return source, options
 
 
 def _refuse_conversion(keywords: PrepareKeywords) -> None:
@@ -139,24 +136,23 @@ def _refuse_conversion(keywords: PrepareKeywords) -> None:
             )
 
 
-def _manifest(uri: str, options: PrepareOptions) -> Manifest:
-    stat = Path(uri).stat()
+def _manifest(source: Source, options: PrepareOptions) -> Manifest:
     kept = options.model_dump(mode="json", exclude={"model", "backend"})
-    kept["image_root"] = _image_root(uri, options)
+    kept["image_root"] = _image_root(source, options)
     kept["reuse"] = named(options.reuse)
     return Manifest(
         format=FORMAT,
         batchkit=batchkit.__version__,
         created=now(),
-        input=Input(uri=uri, bytes=stat.st_size, modified=stat.st_mtime_ns, spots=spots_checksum(uri)),
+        input=Input(uri=source.uri, bytes=source.size, modified=source.modified, fingerprint=source.fingerprint),
         model=options.model,
         backend=options.backend,
         options=kept,
     )
 
 
-def _image_root(uri: str, options: PrepareOptions) -> str:
-    root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else Path(uri).parent
+def _image_root(source: Source, options: PrepareOptions) -> str:
+    root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else source.folder
     if not root.is_dir():
         raise InputError(f"{root}: no such directory", hint="check --image-root")
     return str(root)
@@ -189,16 +185,17 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict: bool, progress: Progress) -> Report:
+def _prepare_rest(
+    run: Run, source: Source, options: PrepareOptions, *, workers: int | None, strict: bool, progress: Progress
+) -> Report:
     """Go on behind the last sealed shard, up to the seal of the preparation."""
     tally = Tally()
-    uri = run.manifest.input.uri
     place, shards = FILE_START, 0
     seen = IdsSeen()
     for seal in intact_seals(run):
         tally.add(as_it_stands(run, seal))
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
-    _announce(uri, options, progress)
+    _announce(source, options, progress)
     progress.update(tally.report.rows)
     finished = run.prepared()
     if finished is not None and finished.shards == shards:
@@ -210,7 +207,7 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
     root = run.manifest.options["image_root"]
     with (
         KnownAnswers(run.manifest.options.get("reuse", ()), progress, into=run.path) as known,
-        closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded,
+        closing(_sharded(source, place, options, image_root=root, seen=seen, workers=workers)) as sharded,
     ):
         remove_leftovers(run, shards)
         for seal in _written(run, shards, sharded, known, strict=strict, progress=progress):
@@ -249,23 +246,23 @@ def _written(
             writer.close()
 
 
-def _announce(uri: str, options: PrepareOptions, progress: Progress | None) -> None:
+def _announce(source: Source, options: PrepareOptions, progress: Progress | None) -> None:
     """Tell the progress how many rows there are to come, about."""
-    rows = count_rows(uri)
+    rows = source.count()
     if progress is not None and rows is not None:
         stop = rows if options.stop is None else min(options.stop, rows)
         progress.grow(max(0, stop - options.start))
 
 
 def _sharded(
-    uri: str, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
+    source: Source, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
 ) -> Generator[tuple[Row, Converted, int]]:
     """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
     batch_format = options.input_format == "batch"
     make = partial(Converter, options, image_root=image_root, batch_format=batch_format)
     selected = itertools.takewhile(
         lambda row: options.stop is None or row.position < options.stop,
-        (row for row in read_rows(uri, place) if row.position >= options.start),
+        (row for row in source.rows(place, first=options.start) if row.position >= options.start),
     )
     with closing(convert_all(selected, make, workers)) as converted:
         kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted

@@ -45,7 +45,7 @@ def named(runs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(run if is_remote(run) else str(Path(run).expanduser().resolve()) for run in runs))
 
 
-def open_source(name: str, into: str | Path) -> Run:
+def open_known(name: str, into: str | Path) -> Run:
     """Open a run to reuse. Raises `RunError` where it is none, `UsageError` where it is the run `into` itself."""
     if Path(name) == Path(into).expanduser().resolve():
         raise UsageError(f"--reuse {name}: is the run itself", hint="name another run, or leave --reuse out")
@@ -66,7 +66,7 @@ class KnownAnswers:
 
     def __init__(self, runs: Sequence[str], progress: Progress, *, into: str | Path = "") -> None:
         self._names = list(runs)
-        self._runs = [open_source(name, into) if into else Run.open(name) for name in self._names]
+        self._runs = [open_known(name, into) if into else Run.open(name) for name in self._names]
         # An empty name is a temporary file of SQLite's own, which is gone with the process, however that ends.
         self._index = sqlite3.connect("", isolation_level=None)
         # What a crash leaves of it is worthless: no journal, no fsync.

@@ -34,13 +34,13 @@ OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
-    """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `spots` is a checksum of
-    places spread over it: what tells files of one size apart on another machine, too."""
+    """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `fingerprint` tells inputs
+    of one size apart, on another machine too: a checksum of places spread over a file, a dataset's own."""
 
     uri: str
     bytes: int
     modified: int | None = None
-    spots: str | None = None
+    fingerprint: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +80,8 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
     `names_in_use` are the fields of a result that rows of the shard have already. `tokens` estimates what the requests
     take, where a provider bills them. `reused` counts the requests whose answers `prepare` took over, by the run that
-    they are from; `tokens_to_send` are those of the others, where there are any reused ones.
+    they are from; `tokens_to_send` are those of the others, where there are any reused ones. `attached_checksum` is of
+    the images that came with the rows, beside their JSON.
     """
 
     shard: int
@@ -100,6 +101,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Totals | None = None
     reused: dict[str, int] = {}
     tokens_to_send: Totals | None = None
+    attached_checksum: str = ""
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import mmap
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -19,7 +19,7 @@ from batchkit.measures import Totals
 from batchkit.runs import Rejection, Run, Seal
 from batchkit.storage import open_read, write_whole
 from batchkit.takeovers import Answer, Taken, standing, take_over
-from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
+from batchkit.tasks import FILE_START, Place, Row, make_custom_id, whole
 
 
 class ShardDraft:
@@ -39,6 +39,7 @@ class ShardDraft:
         self._rows_bytes = 0
         self._requests_bytes = 0
         self._hashes = [xxhash.xxh3_128() for _ in range(3)]
+        self._attached = AttachedHash()
 
     def add(
         self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None
@@ -51,6 +52,7 @@ class ShardDraft:
         added = (row.raw + b"\n", done.custom_id.encode() + b"\n", done.request + b"\n" if done.request else b"")
         for digest, piece in zip(self._hashes, added, strict=True):
             digest.update(piece)
+        self._attached.add(row)
         self._rows_bytes += len(added[0])
         self._requests_bytes += len(added[2])
         if rejection is not None:
@@ -89,7 +91,24 @@ class ShardDraft:
             tokens=self._tokens,
             reused=dict(self._reused),
             tokens_to_send=self._tokens_to_send if self._reused and self._tokens is not None else None,
+            attached_checksum=self._attached.hexdigest(),
         )
+
+
+class AttachedHash:
+    """The checksum of what travels beside the JSON of rows: empty where no row has any."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+        self._empty = True
+
+    def add(self, row: Row) -> None:
+        if row.attached:
+            self._digest.update(whole(row))
+            self._empty = False
+
+    def hexdigest(self) -> str:
+        return "" if self._empty else self._digest.hexdigest()
 
 
 class ShardWriter:
@@ -179,15 +198,16 @@ def remove_leftovers(run: Run, shards: int) -> None:
             aside.unlink(missing_ok=True)
 
 
-def rows_unchanged(run: Run, uri: str) -> bool:
-    """Whether the rows of `uri` are still those of the sealed shards, by their checksums."""
+def rows_unchanged(run: Run, read: Callable[[Place], Iterator[Row]]) -> bool:
+    """Whether the rows that `read` gives are still those of the sealed shards, by their checksums."""
     place = FILE_START
     for seal in intact_seals(run):
-        digest = xxhash.xxh3_128()
-        for row in itertools.takewhile(lambda row: row.position < seal.end, read_rows(uri, place)):  # noqa: B023
+        digest, attached = xxhash.xxh3_128(), AttachedHash()
+        for row in itertools.takewhile(lambda row: row.position < seal.end, read(place)):  # noqa: B023
             if row.position >= seal.start:
                 digest.update(row.raw + b"\n")
-        if digest.hexdigest() != seal.rows_checksum:
+                attached.add(row)
+        if (digest.hexdigest(), attached.hexdigest()) != (seal.rows_checksum, seal.attached_checksum):
             return False
         place = Place(seal.end, seal.next_line, seal.next_offset)
     return True

@@ -18,8 +18,9 @@ class Report(msgspec.Struct, kw_only=True):
     """What `prepare` did, or with `plan` would do. `reasons` counts the rejected rows by code.
 
     `first_rejections` are the first few messages; `already` says that the run was complete before. `warnings` are of
-    options that were likely not meant. `tokens` and `estimate` are there where a provider bills them. `reused` counts
-    the answers that were taken over, by the run that they are from; tokens and estimate are of the other requests.
+    options that were likely not meant, `notes` tell how the input is read. `tokens` and `estimate` are there where a
+    provider bills them. `reused` counts the answers that were taken over, by the run that they are from; tokens and
+    estimate are of the other requests.
     """
 
     shards: int = 0
@@ -33,6 +34,7 @@ class Report(msgspec.Struct, kw_only=True):
     names_in_use: list[str] = []
     already: bool = False
     warnings: list[str] = []
+    notes: list[str] = []
     tokens: Totals | None = None
     estimate: Estimate | None = None
     reused: dict[str, int] = {}

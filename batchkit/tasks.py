@@ -1,31 +1,25 @@
 """Task file → rows → tasks.
 
-A row is one line of the task file, kept byte for byte. A task is what batchkit needs of it: who it is, its images,
-its question.
+A row is one line of the task file, kept byte for byte; of a table it is one row as a JSON object. A task is what
+batchkit needs of it: who it is, its images, its question. The formats are read by modules of their own.
 """
 
 from __future__ import annotations
 
-import itertools
-import shlex
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from batchkit.endpoints import endpoint_at
-from batchkit.errors import InputError, RowError
-from batchkit.storage import is_plain_local, open_read
+from batchkit.errors import RowError
 
-BOM = b"\xef\xbb\xbf"
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body"})
 """The keys of a request in OpenAI batch format (platform.openai.com/docs/guides/batch)."""
-
-COUNTED_BYTES = 2_000_000_000
-"""Files up to this size are counted before they are read: that takes a second."""
 
 DEFAULT_IMAGE_FIELD = "image"
 DOCUMENTS_FIELD = "documents"
@@ -36,13 +30,31 @@ _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
 
+Images = tuple[str | bytes, ...]
+"""The images of one field: encoded bytes, or a path or URL (a `data:` URL, too)."""
+
+
 class Row(NamedTuple):
-    """`position` counts rows from 0, `line` lines from 1; `raw` has no line feed, `end` is the offset behind it."""
+    """`position` counts rows from 0, `line` lines from 1; `raw` has no line feed, `end` is the offset behind it.
+
+    `attached` are images that travel beside `raw`, by their fields: a row of a table has their bytes there, not in its
+    JSON. `fault` is the code and the message of a row that could not be read: it is rejected with these.
+    """
 
     position: int
     line: int
     raw: bytes
     end: int
+    attached: Mapping[str, Images] | None = None
+    fault: tuple[str, str] | None = None
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the row takes in memory."""
+        inline = 0
+        for images in (self.attached or {}).values():
+            inline += sum(map(len, images))
+        return len(self.raw) + inline
 
 
 class Place(NamedTuple):
@@ -57,10 +69,10 @@ FILE_START = Place()
 
 
 class ImageReference(NamedTuple):
-    """An image of a row: the field that names it, and its path or URL as the row has it."""
+    """An image of a row: the field that names it, and its path or URL as the row has it, or its encoded bytes."""
 
     field: str
-    source: str
+    source: str | bytes
 
 
 class Task(NamedTuple):
@@ -74,41 +86,16 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a row mean what. None for `images` or `ids` is the default, used where a row has it."""
+    """Which fields of a row mean what. None for `images` or `ids` is the default, used where a row has it.
+
+    `compose` makes the text to ask of a row and its question, where the format has rules for that.
+    """
 
     images: tuple[str, ...] | None = None
     question: str = "question"
     ids: tuple[str, ...] | None = None
     question_needed: bool = True
-
-
-def read_rows(uri: str, start: Place = FILE_START) -> Iterator[Row]:
-    """The rows of a task file from `start` on. Blank lines are not rows; a byte order mark is not part of the first."""
-    with open_read(uri) as stream:
-        position, number, offset = start if is_plain_local(uri) else FILE_START
-        if offset:
-            stream.seek(offset)
-        for line in stream:
-            offset += len(line)
-            raw = line[:-1] if line.endswith(b"\n") else line
-            if number == 1 and raw.startswith(BOM):
-                raw = raw[len(BOM) :]
-            if raw.strip():
-                if position >= start.position:  # else: a compressed or remote file, read again from its beginning
-                    yield Row(position, number, raw, offset)
-                position += 1
-            number += 1
-
-
-def count_rows(uri: str) -> int | None:
-    """About how many rows a task file has (blank lines count, too), for a progress bar.
-
-    None where counting would take long: compressed, remote or large files.
-    """
-    if not is_plain_local(uri) or Path(uri).stat().st_size > COUNTED_BYTES:
-        return None
-    with open_read(uri) as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    compose: Callable[[Mapping[str, Any], str], str] | None = None
 
 
 def make_custom_id(position: int, identity: bytes) -> str:
@@ -121,7 +108,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         value = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise RowError("json", f"not valid JSON: {exc}") from exc
+        raise RowError("json", _unusable(raw) or f"not valid JSON: {exc}") from exc
     except RecursionError as exc:
         raise RowError("json", "not usable JSON: nested too deeply") from exc
     if not isinstance(value, dict):
@@ -129,29 +116,68 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def _unusable(raw: bytes) -> str | None:
+    """What keeps valid JSON from being used; None where it is not valid. RFC 8259 leaves both to the reader."""
+    try:
+        json.loads(raw.decode(), parse_constant=_refuse_constant, parse_int=_within_range, parse_float=_within_range)
+    except OverflowError:
+        return "not usable JSON: a number is too large to be kept (64-bit floats end at about 1.8e308)"
+    except (ValueError, RecursionError):
+        return None
+    return r"not usable JSON: a text has half of a surrogate pair (\ud800 to \udfff), which UTF-8 cannot hold"
+
+
+def _within_range(number: str) -> None:
+    if math.isinf(float(number)):
+        raise OverflowError
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def to_task(row: Row, names: Fields) -> Task:
-    """Raises `RowError` where a field is missing or of the wrong kind."""
+    """Raises `RowError` where a field is missing or of the wrong kind, or the row has a fault already."""
+    if row.fault is not None:
+        raise RowError(*row.fault)
     fields = parse_object(row.raw)
     return Task(
         custom_id=make_custom_id(row.position, _identity(row, fields, names.ids)),
         fields=fields,
-        images=_images(fields, names.images),
+        images=_images(fields, names.images, row.attached or {}),
         question=_question(fields, names),
     )
 
 
 def _identity(row: Row, fields: dict[str, Any], ids: tuple[str, ...] | None) -> bytes:
     if ids is None:
-        return _encode(fields[DEFAULT_ID_FIELD]) if DEFAULT_ID_FIELD in fields else row.raw
+        return _encode(fields[DEFAULT_ID_FIELD]) if DEFAULT_ID_FIELD in fields else whole(row)
     missing = [name for name in ids if fields.get(name) is None]
     if missing:
         raise RowError("field", f"id field {missing[0]!r} is missing; {_has(fields)}")
     return _encode([fields[name] for name in ids])
 
 
-def _images(fields: dict[str, Any], names: tuple[str, ...] | None) -> list[ImageReference]:
+def whole(row: Row) -> bytes:
+    """What stands for all of a row, its attached images too: of most rows that is the line itself."""
+    if not row.attached:
+        return row.raw
+    digest = blake2b(row.raw)
+    for name, images in row.attached.items():
+        for image in images:
+            piece = image if isinstance(image, bytes) else image.encode("utf-8", "surrogatepass")
+            digest.update(f"{name}:{len(piece)}:".encode() + piece)
+    return digest.digest()
+
+
+def _images(
+    fields: dict[str, Any], names: tuple[str, ...] | None, attached: Mapping[str, Images]
+) -> list[ImageReference]:
     references: list[ImageReference] = []
     for name in names if names is not None else (DEFAULT_IMAGE_FIELD,):
+        if name in attached:
+            references += [ImageReference(name, source) for source in attached[name]]
+            continue
         value = fields.get(name)
         if value is None or value == "":
             continue
@@ -167,7 +193,7 @@ def _question(fields: dict[str, Any], names: Fields) -> str | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():
-        return value
+        return names.compose(fields, value) if names.compose is not None else value
     if not names.question_needed:
         return None
     if names.question not in fields:
@@ -222,53 +248,6 @@ def _check_messages(body: dict[str, Any]) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RowError("field", f"body.messages[{index}] is not an object with a role")
-
-
-def first_row(uri: str) -> dict[str, Any] | None:
-    """The first row that is a JSON object, None for a file without rows.
-
-    Raises `InputError` where the beginning of the file shows that it is of another kind (CSV, one JSON array, binary).
-    A few bad rows do not: they are rejected one by one.
-    """
-    first: bytes | None = None
-    for row in itertools.islice(read_rows(uri), 100):
-        if first is None:
-            first = row.raw.strip()
-            _refuse_other_kind(uri, first)
-        try:
-            return parse_object(row.raw)
-        except RowError:
-            continue
-    if first is None:
-        return None
-    if first.startswith(b"["):
-        raise InputError(f"{uri}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
-    raise InputError(
-        f"{uri}: is not JSONL: line 1 begins with {first[:40].decode('utf-8', 'replace')!r}", hint=FROM_CSV
-    )
-
-
-FROM_CSV = (
-    "a task file has one JSON object a line; a CSV becomes one with: python3 -c 'import csv, json, sys; "
-    "[print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]' < FILE.csv > tasks.jsonl"
-)
-
-
-def _refuse_other_kind(uri: str, first: bytes) -> None:
-    """Refuse what would only look like many bad rows, or have a few good ones by chance."""
-    if b"\x00" in first[:200] or first.startswith((b"PAR1", b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
-        raise InputError(
-            f"{uri}: is a binary file, not JSONL",
-            hint="a task file has one JSON object a line; a compressed one is named .gz, .bz2, .xz or .zst",
-        )
-    if first == b"[":
-        raise InputError(f"{uri}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
-    if first == b"{":
-        raise InputError(f"{uri}: holds JSON spread over several lines, not one object a line", hint=_jq(".", uri))
-
-
-def _jq(program: str, uri: str) -> str:
-    return f"jq -c '{program}' {shlex.quote(uri)} > tasks.jsonl"
 
 
 def _kind(value: Any) -> str:

@@ -19,8 +19,14 @@ from batchkit.tasks import Row
 BLOCK_ROWS = 16
 """Rows that travel together: enough to hide the cost of a message, few enough to bound the memory of big images."""
 
+BLOCK_BYTES = 4 << 20
+"""A block ends with the row that reaches this size."""
+
 AHEAD = 3
 """Blocks under way for each worker."""
+
+AHEAD_BYTES = 64 << 20
+"""Bytes of rows under way, beyond which no further block is begun: a single row may have hundreds of megabytes."""
 
 _converter: Converter | None = None
 
@@ -30,9 +36,9 @@ def convert_all(
 ) -> Generator[tuple[Row, Converted]]:
     """Each row with what became of it, in order. `workers` None is one process for each core, none for few rows."""
     rows = iter(rows)
-    first = list(itertools.islice(rows, 4 * BLOCK_ROWS))
+    first = _take(rows, 4 * BLOCK_ROWS, 4 * BLOCK_BYTES)
     count = workers or min(_cores(), 16)
-    if count == 1 or len(first) < 4 * BLOCK_ROWS:
+    if count == 1 or (len(first) < 4 * BLOCK_ROWS and _size(first) < 4 * BLOCK_BYTES):
         converter = make()
         for row in itertools.chain(first, rows):
             yield row, converter(row)
@@ -47,9 +53,9 @@ def _in_processes(rows: Iterator[Row], make: Callable[[], Converter], count: int
     pool = ProcessPoolExecutor(max_workers=count, initializer=_start_worker, initargs=(make, os.getpid()))
     under_way: deque[tuple[list[Row], Future[list[Converted]]]] = deque()
     try:
-        while block := list(itertools.islice(rows, BLOCK_ROWS)):
+        while block := _take(rows, BLOCK_ROWS, BLOCK_BYTES):
             under_way.append((block, pool.submit(_convert_block, block)))
-            if len(under_way) >= AHEAD * count:
+            while len(under_way) >= AHEAD * count or sum(_size(one) for one, _ in under_way) > AHEAD_BYTES:
                 yield from _finished(*under_way.popleft())
         while under_way:
             yield from _finished(*under_way.popleft())
@@ -62,6 +68,20 @@ def _in_processes(rows: Iterator[Row], make: Callable[[], Converter], count: int
         for _, future in under_way:
             future.cancel()
         pool.shutdown()
+
+
+def _take(rows: Iterator[Row], most: int, most_bytes: int) -> list[Row]:
+    """The next rows, up to `most`, or up to the one that makes them `most_bytes`."""
+    block: list[Row] = []
+    size = 0
+    while len(block) < most and size < most_bytes and (row := next(rows, None)) is not None:
+        block.append(row)
+        size += row.size
+    return block
+
+
+def _size(rows: list[Row]) -> int:
+    return sum(row.size for row in rows)
 
 
 def _finished(block: list[Row], future: Future[list[Converted]]) -> Iterator[tuple[Row, Converted]]:

@@ -542,7 +542,7 @@ def test_options_that_would_change_a_batch_file_are_refused(write_tasks: WriteTa
         (b'[{"question": 1}]\n', "holds a JSON array"),
         (b'{\n  "question": 1\n}\n', "spread over several lines"),
         (b'[\n{"question": 1},\n{"question": 2}\n]\n', "holds a JSON array"),
-        (b"PAR1\x15\x04", "binary file"),
+        (b"PAR1\x15\x04", "cannot be read as Parquet"),
         (b"\x1f\x8b\x08\x00\x00", "binary file"),
     ],
 )
