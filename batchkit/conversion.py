@@ -12,10 +12,10 @@ from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
-from batchkit.prompts import compile_template
+from batchkit.prompts import MissingImageError, PromptMaker, arrange, text_only
 from batchkit.requests import RequestMaker
 from batchkit.runs import OUR_NAMES
-from batchkit.tasks import Fields, Row, Task
+from batchkit.tasks import Fields, ImageReference, Row, Task
 
 OUR_NAMES_SET = frozenset(OUR_NAMES)
 
@@ -44,13 +44,12 @@ class Converter:
         self._limits = options.limits
         self._root = Path(image_root)
         self._batch_format = batch_format
-        template = options.prompt_template
-        self._render = compile_template(template) if template is not None else None
+        self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
             images=options.image_field,
             question=options.question_field,
             ids=options.id_fields,
-            question_needed=template is None,
+            question_needed=options.prompt_template is None,
         )
         self._image_options = ImageOptions(
             media_types=self._limits.media_types,
@@ -99,28 +98,33 @@ class Converter:
         task = tasks.to_task(row, self._fields)
         names = OUR_NAMES_SET & task.fields.keys()
         try:
-            pictures = self._pictures(task)
-            question = self._question(task)
+            content = self._content(task)
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
-        request = self._maker.line(task.custom_id, [*pictures, question])
-        return Converted(task.custom_id, request, pixels=sum(p.pixels for p in pictures), names=names)
+        request = self._maker.line(task.custom_id, content)
+        pixels = sum(part.pixels for part in content if isinstance(part, Picture))
+        return Converted(task.custom_id, request, pixels=pixels, names=names)
 
-    def _question(self, task: Task) -> str:
-        question = self._render(task.fields) if self._render is not None else task.question or ""
-        if not question.strip():
-            raise RowError("template", "the prompt template gives an empty text")
-        return question
-
-    def _pictures(self, task: Task) -> Sequence[Picture]:
+    def _content(self, task: Task) -> Sequence[str | Picture]:
+        """The texts and pictures of the question, in order."""
+        prompt = self._prompts.write(task)
         try:
-            if not task.images and self._options.image_field is not None:
+            arranged = arrange(prompt, task)
+        except MissingImageError:
+            if self._options.on_bad_image == "text-only":
+                return text_only(prompt)
+            raise
+        try:
+            if self._options.image_field is not None and all(isinstance(part, str) for part in arranged):
                 raise RowError("image", f"no image in {' or '.join(map(repr, self._options.image_field))}")
-            return [images.load(image.source, self._root, self._image_options) for image in task.images]
+            return [part if isinstance(part, str) else self._picture(part) for part in arranged]
         except RowError:
             if self._options.on_bad_image == "text-only":
-                return ()  # all of them: with one left out, «the second image» would mean another one
+                return text_only(prompt)  # without any: with one left out, «the second image» would mean another one
             raise
+
+    def _picture(self, image: ImageReference) -> Picture:
+        return images.load(image.source, self._root, self._image_options)
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

@@ -41,6 +41,7 @@ class PrepareKeywords(TypedDict, total=False):
     id_fields: tuple[str, ...] | None
     prompt_template: str | None
     system_prompt: str | None
+    placeholders: bool
     image_root: str | None
     start: int
     end: int | None
@@ -70,6 +71,7 @@ class PrepareOptions(BaseModel):
     rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound a
     shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
     `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`.
+    `placeholders` False takes `<image>` and the like in a question as text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +85,7 @@ class PrepareOptions(BaseModel):
     id_fields: tuple[str, ...] | None = None
     prompt_template: str | None = None
     system_prompt: str | None = None
+    placeholders: bool = True
     image_root: str | None = None
     start: NonNegativeInt = 0
     end: NonNegativeInt | None = None

@@ -132,7 +132,7 @@ def to_task(row: Row, names: Fields) -> Task:
     return Task(
         custom_id=make_custom_id(row.position, _identity(row, fields, names.ids)),
         fields=fields,
-        images=_images(fields, names.images),
+        images=find_images(fields, names.images),
         question=_question(fields, names),
     )
 
@@ -146,7 +146,8 @@ def _identity(row: Row, fields: dict[str, Any], ids: tuple[str, ...] | None) -> 
     return _encode([fields[name] for name in ids])
 
 
-def _images(fields: dict[str, Any], names: tuple[str, ...] | None) -> list[ImageReference]:
+def find_images(fields: dict[str, Any], names: tuple[str, ...] | None) -> list[ImageReference]:
+    """The images of these fields, in this order. Raises `RowError` where one holds something else."""
     references: list[ImageReference] = []
     for name in names if names is not None else (DEFAULT_IMAGE_FIELD,):
         value = fields.get(name)
