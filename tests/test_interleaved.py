@@ -125,7 +125,3 @@ def test_each_answer_is_about_the_picture_that_its_placeholder_puts_there(
     assert all(one[0]["group"] == other[0]["group"] for one, other in zip(two[::2], two[1::2], strict=True))
     print(f"{sum(changed)} of {len(changed)} answers change when the two placeholders are swapped")
     assert sum(changed) >= 0.95 * len(changed)
-
-    # And the place of the text: the third picture before or behind the same question.
-    before = [answer == row["truth"] for row, answer in pairs if row["kind"] == "three, named, second"]
-    assert sum(before) >= 0.95 * len(before)

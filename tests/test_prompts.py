@@ -325,7 +325,7 @@ FLOODS = [
     "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x.join(s.x) %}{% endfor %}",
     "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = [s.x, s.x] | join %}{% endfor %}",
     "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x | urlencode ~ s.x %}{% endfor %}",
-    "{% set s = namespace(x='ab') %}{% for i in xs * 20 %}{% set t %}{{ s.x * 2 }}{% endset %}{% set s.x = t %}{% endfor %}",
+    "{% set s = namespace(x=q) %}{% for i in xs*20 %}{% set t %}{{ s.x*2 }}{% endset %}{% set s.x = t %}{% endfor %}",
     "{% set s = namespace(x=[1]) %}{% for i in range(60) %}{% set s.x = [s.x, s.x] %}{% endfor %}{{ s.x }}",
     "{% set s = namespace(x=(1,)) %}{% for i in range(60) %}{% set s.x = (s.x, s.x) %}{% endfor %}{{ s.x == s.x }}",
     "{% set s = namespace(x={}) %}{% for i in range(60) %}{% set s.x = {'a': s.x, 'b': s.x} %}{% endfor %}",
