@@ -77,6 +77,11 @@ prepare_options = add_options(
         help="Jinja2 over the row's fields, for example 'Is this a {{ kind }}? {{ question }}'.",
     ),
     click.option("--system-prompt", metavar="TEXT|@FILE", help="Goes before every question."),
+    click.option(
+        "--placeholders/--no-placeholders",
+        default=True,
+        help="--no-placeholders: <image> in a question is text, not the place of an image. [default: --placeholders]",
+    ),
     click.option("--image-root", metavar="DIR", help="Relative image paths start here. [default: beside TASKS]"),
     click.option("--start", type=click.IntRange(0), default=0, help="Position of the first row, from 0."),
     click.option("--end", type=click.IntRange(0), help="Position behind the last row."),

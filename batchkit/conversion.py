@@ -12,10 +12,11 @@ from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
-from batchkit.prompts import compile_template
+from batchkit.placeholders import Place
+from batchkit.prompts import MissingImageError, PromptMaker, arrange, text_only
 from batchkit.requests import Documents, RequestMaker, fingerprint
 from batchkit.runs import OUR_NAMES
-from batchkit.tasks import DOCUMENTS_FIELD, Fields, Row, Task
+from batchkit.tasks import DOCUMENTS_FIELD, Fields, ImageReference, Row, Task
 
 OUR_NAMES_SET = frozenset(OUR_NAMES)
 
@@ -45,13 +46,12 @@ class Converter:
         self._limits = options.limits
         self._root = Path(image_root)
         self._batch_format = batch_format
-        template = options.prompt_template
-        self._render = compile_template(template) if template is not None else None
+        self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
             images=options.image_field,
             question=options.question_field,
             ids=options.id_fields or (vlmevalkit.ID_FIELDS if options.input_format == "vlmevalkit" else None),
-            question_needed=template is None,
+            question_needed=options.prompt_template is None,
             compose=vlmevalkit.question_of if options.input_format == "vlmevalkit" else None,
         )
         self._image_options = ImageOptions(
@@ -104,41 +104,49 @@ class Converter:
         task = tasks.to_task(row, self._fields)
         names = OUR_NAMES_SET & task.fields.keys()
         try:
-            pictures = self._pictures(task)
-            question = self._question(task)
+            content = self._content(task)
             documents = self._documents(task)
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
-        request = self._maker.line(task.custom_id, [*pictures, question], documents)
-        return Converted(task.custom_id, request, pixels=sum(p.pixels for p in pictures), names=names)
+        request = self._maker.line(task.custom_id, content, documents)
+        pixels = sum(part.pixels for part in content if isinstance(part, Picture))
+        return Converted(task.custom_id, request, pixels=pixels, names=names)
 
     def _documents(self, task: Task) -> Documents:
         if not self._options.endpoint.takes("documents_field", self._options.backend):
             return None
         return tasks.documents_of(task.fields, self._options.documents_field or DOCUMENTS_FIELD)
 
-    def _question(self, task: Task) -> str:
-        question = self._render(task.fields) if self._render is not None else task.question or ""
-        if not question.strip():
-            raise RowError("template", "the prompt template gives an empty text")
-        return question
-
-    def _pictures(self, task: Task) -> Sequence[Picture]:
+    def _content(self, task: Task) -> Sequence[str | Picture]:
+        """The texts and pictures of the question, in order."""
+        prompt = self._prompts.write(task)
         try:
-            found = {image.field for image in task.images}
-            for name in self._options.image_field or ():
-                if name not in found:  # with fewer images than asked for, «the second image» would mean another one
-                    raise RowError("image", f"no image in {name!r}")
-            if task.images and not self._options.endpoint.takes("image_field", self._options.backend):
-                raise RowError("image", f"{self._options.url} of {self._options.backend} takes no images")
-            return [
-                images.load(image.source, self._root, self._image_options, name=f"(field {image.field!r})")
-                for image in task.images
-            ]
+            arranged = arrange(prompt, task)
+        except MissingImageError:
+            if self._options.on_bad_image == "text-only":
+                return text_only(prompt)
+            raise
+        try:
+            if not any(isinstance(part, Place) for part in prompt):  # else these say which images there have to be
+                self._refuse_missing(task)
+            return [part if isinstance(part, str) else self._picture(part) for part in arranged]
         except RowError:
             if self._options.on_bad_image == "text-only":
-                return ()  # all of them: with one left out, «the second image» would mean another one
+                return text_only(prompt)  # without any: with one left out, «the second image» would mean another one
             raise
+
+    def _refuse_missing(self, task: Task) -> None:
+        """Raise `RowError` where an image field that was named has no image: with fewer than asked for, «the second
+        image» would mean another one."""
+        found = {image.field for image in task.images}
+        for name in self._options.image_field or ():
+            if name not in found:
+                raise RowError("image", f"no image in {name!r}")
+
+    def _picture(self, image: ImageReference) -> Picture:
+        if not self._options.endpoint.takes("image_field", self._options.backend):
+            raise RowError("image", f"{self._options.url} of {self._options.backend} takes no images")
+        return images.load(image.source, self._root, self._image_options, name=f"(field {image.field!r})")
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

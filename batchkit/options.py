@@ -45,6 +45,7 @@ class PrepareKeywords(TypedDict, total=False):
     id_fields: tuple[str, ...] | None
     prompt_template: str | None
     system_prompt: str | None
+    placeholders: bool
     image_root: str | None
     start: int
     end: int | None
@@ -78,7 +79,8 @@ class PrepareOptions(BaseModel):
     shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
     `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
     other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
-    `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`.
+    `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`. `placeholders`
+    False takes `<image>` and the like in a question as text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,6 +95,7 @@ class PrepareOptions(BaseModel):
     id_fields: tuple[str, ...] | None = None
     prompt_template: str | None = None
     system_prompt: str | None = None
+    placeholders: bool = True
     image_root: str | None = None
     start: NonNegativeInt = 0
     end: NonNegativeInt | None = None

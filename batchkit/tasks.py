@@ -33,6 +33,8 @@ _encode = msgspec.json.Encoder().encode
 Images = tuple[str | bytes, ...]
 """The images of one field: encoded bytes, or a path or URL (a `data:` URL, too)."""
 
+NONE_ATTACHED: Mapping[str, Images] = {}
+
 
 class Row(NamedTuple):
     """`position` counts rows from 0, `line` lines from 1; `raw` has no line feed, `end` is the offset behind it.
@@ -144,7 +146,7 @@ def to_task(row: Row, names: Fields) -> Task:
     return Task(
         custom_id=make_custom_id(row.position, _identity(row, fields, names.ids)),
         fields=fields,
-        images=_images(fields, names.images, row.attached or {}),
+        images=find_images(fields, names.images, row.attached or NONE_ATTACHED),
         question=_question(fields, names),
     )
 
@@ -170,9 +172,10 @@ def whole(row: Row) -> bytes:
     return digest.digest()
 
 
-def _images(
-    fields: dict[str, Any], names: tuple[str, ...] | None, attached: Mapping[str, Images]
+def find_images(
+    fields: dict[str, Any], names: tuple[str, ...] | None, attached: Mapping[str, Images] = NONE_ATTACHED
 ) -> list[ImageReference]:
+    """The images of these fields, in this order. Raises `RowError` where one holds something else."""
     references: list[ImageReference] = []
     for name in names if names is not None else (DEFAULT_IMAGE_FIELD,):
         if name in attached:
