@@ -33,6 +33,15 @@ REFUSING = frozenset({401, 402, 407})
 SUSPECT = frozenset({403, 404, 405, 410})
 """And 3xx: a wrong path, model or key if all requests get it; a request's own fault if it alone does."""
 
+FORBIDDEN = 403
+"""Also what some hosts say to requests that their moderation has flagged."""
+
+NO_MONEY = b"insufficient_quota"
+"""OpenAI's code in a 429 for an empty account (platform.openai.com/docs/guides/error-codes): no wait helps."""
+
+MOST_LOST = 100
+"""So many calls in a row whose every try failed, and no fewer than four a worker: then it is not the calls."""
+
 MOST_SUSPECTS = 10
 
 LONGEST_WAIT = 60.0
@@ -113,7 +122,9 @@ class Client:
         )
         self._next_start = 0.0
         self._suspects: dict[Endpoint, list[Reply]] = {endpoint: [] for endpoint in endpoints}
+        self._suspected = dict.fromkeys(endpoints, 0.0)  # when the first of these came
         self._failure: NoEndpointError | RefusingError | None = None
+        self._lost = 0
 
     async def run(self, source: Iterator[Call], done: Callable[[Reply], None]) -> None:
         """Make all calls of `source`, which is read as slots become free, and give each reply to `done`.
@@ -126,6 +137,8 @@ class Client:
 
         pacing = self._pacing
         self._done = done
+        self._workers: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Task[None] | None] = set()
         self._requests = AsyncLimiter(pacing.requests_per_minute, 60) if pacing.requests_per_minute else None
         self._tokens = AsyncLimiter(pacing.tokens_per_minute, 60) if pacing.tokens_per_minute else None
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
@@ -135,7 +148,7 @@ class Client:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(pacing.concurrency * len(self._endpoints)):
-                        group.create_task(self._work(source))
+                        self._workers.add(group.create_task(self._work(source)))
             except BaseExceptionGroup as found:
                 raise found.exceptions[0] from None  # the first; the others were cancelled for it
             finally:
@@ -153,11 +166,17 @@ class Client:
             try:
                 reply = await self._answer(call)
             except (NoEndpointError, RefusingError) as exc:
-                self._failure = exc
-                self._rotation.close(exc)
+                self._stop(exc)
                 return
             if reply is not None:
                 self._done(reply)
+
+    def _stop(self, why: NoEndpointError | RefusingError) -> None:
+        """Start no more calls. Those under way may end: their answers are paid for."""
+        self._failure = self._failure or why
+        self._rotation.close(why)
+        for worker in self._workers - self._asking:
+            worker.cancel()
 
     async def _answer(self, call: Call) -> Reply | None:
         """The reply after as many tries as it takes; the last one's, where none was a success. None: it is kept among
@@ -190,6 +209,10 @@ class Client:
                         tries, avoid = tries + exc.sent, exc.endpoint
                         raise
         except _PassingError as exc:
+            self._lost += 1
+            if self._lost >= max(MOST_LOST, 4 * len(self._workers)):
+                why = f"{self._lost} requests in a row failed, the last with: {exc.reply.message}"
+                self._stop(NoEndpointError(why))
             return msgspec.structs.replace(exc.reply, tries=max(tries, 1))
         raise AssertionError("a call ends with a reply or an exception")
 
@@ -197,9 +220,12 @@ class Client:
         if self._requests is not None or self._tokens is not None:
             await self._hold_back(call)
         endpoint = await (self._start_spaced(avoid) if self._pacing.delay else self._rotation.take(avoid))
+        task = asyncio.current_task()
+        self._asking.add(task)
         try:
             return await self._post(endpoint, call)
         finally:
+            self._asking.discard(task)
             self._rotation.release(endpoint)  # nothing is awaited behind a whole 200: a cancellation would lose it
 
     async def _hold_back(self, call: Call) -> None:
@@ -227,6 +253,7 @@ class Client:
     # -- one try
 
     async def _post(self, endpoint: Endpoint, call: Call) -> Reply | None:
+        began = time.monotonic()
         try:
             response = await self._session.post(
                 endpoint.address(call.url),
@@ -243,7 +270,7 @@ class Client:
             if not (calls.is_of_network(exc) or isinstance(exc, OSError)):
                 raise
             raise self._cut_off(endpoint, call, exc) from exc
-        return self._judge(endpoint, call, response, body)
+        return self._judge(endpoint, call, response, body, began)
 
     def _cut_off(self, endpoint: Endpoint, call: Call, exc: Exception) -> _PassingError:
         import aiohttp
@@ -257,7 +284,9 @@ class Client:
         self._rotation.failed(endpoint, message)
         return _PassingError(endpoint, _nothing(endpoint, call, message))
 
-    def _judge(self, endpoint: Endpoint, call: Call, response: aiohttp.ClientResponse, body: bytes) -> Reply | None:
+    def _judge(
+        self, endpoint: Endpoint, call: Call, response: aiohttp.ClientResponse, body: bytes, began: float
+    ) -> Reply | None:
         """The reply, or `_PassingError` where another try may do better; `RefusingError` where no request will."""
         status = response.status
         success = 200 <= status < 300
@@ -265,22 +294,23 @@ class Client:
             key=call.key,
             status=status,
             body=body if endpoint.key is None or success else endpoint.key.hide_bytes(body),
-            request_id=response.headers.get("x-request-id"),
+            request_id=_plain(response.headers.get("x-request-id")),
             message=None if success else f"status {status}",
             endpoint=endpoint.url,
         )
+        if status in REFUSING or (status == 429 and NO_MONEY in body):
+            raise RefusingError(endpoint, status, reply.body)
         if status in PASSING or status >= 500:
             raise self._passing(endpoint, reply, _retry_after(response.headers.get("retry-after")))
         if success and not _says_its_length(response) and not responses.is_json(body):
             message = "the answer ended too early"
             self._rotation.failed(endpoint, message)
             raise _PassingError(endpoint, _nothing(endpoint, call, message))
-        if status in REFUSING:
-            raise RefusingError(endpoint, status, reply.body)
         if status in SUSPECT or 300 <= status < 400:
-            return self._suspect(endpoint, reply)
-        self._rotation.answered(endpoint)
-        if self._suspects[endpoint]:
+            return self._suspect(endpoint, reply, began)
+        self._lost = 0
+        self._rotation.answered(endpoint, began)
+        if self._suspects[endpoint] and began > self._suspected[endpoint]:
             self._clear(endpoint)
         return reply
 
@@ -291,20 +321,22 @@ class Client:
             self._rotation.failed(endpoint, reply.message or "")
         return _PassingError(endpoint, reply, after=after)
 
-    def _suspect(self, endpoint: Endpoint, reply: Reply) -> Reply | None:
+    def _suspect(self, endpoint: Endpoint, reply: Reply, began: float) -> Reply | None:
         """Hold the reply back until it is clear whether all requests get the like. None, or the reply if it is the
         request's own fault."""
         held = self._suspects[endpoint]
-        if len(held) < MOST_SUSPECTS or not endpoint.up or not endpoint.done:
-            held.append(reply)
-            if len(held) >= MOST_SUSPECTS and not endpoint.done:
-                raise RefusingError(endpoint, reply.status, reply.body)
-            if len(held) == MOST_SUSPECTS:
-                self._rotation.set_aside(endpoint, f"{MOST_SUSPECTS} refusals in a row, the last: {reply.message}")
-            return None
-        self._rotation.answered(endpoint)  # it was asked meanwhile, and is well
-        self._clear(endpoint)
-        return reply
+        if len(held) >= MOST_SUSPECTS and endpoint.up and began > endpoint.turned > self._suspected[endpoint]:
+            self._rotation.answered(endpoint, began)  # it was asked meanwhile, and is well
+            self._clear(endpoint)
+            return reply
+        if not held:
+            self._suspected[endpoint] = time.monotonic()
+        held.append(reply)
+        if len(held) >= MOST_SUSPECTS and not (endpoint.done and any(one.status == FORBIDDEN for one in held)):
+            raise RefusingError(endpoint, reply.status, reply.body)
+        if len(held) == MOST_SUSPECTS:
+            self._rotation.set_aside(endpoint, f"{MOST_SUSPECTS} refusals in a row, the last: {reply.message}")
+        return None
 
     def _clear(self, endpoint: Endpoint) -> None:
         held, self._suspects[endpoint] = self._suspects[endpoint], []
@@ -313,7 +345,12 @@ class Client:
 
 
 def _nothing(endpoint: Endpoint, call: Call, message: str) -> Reply:
-    return Reply(key=call.key, status=0, message=message, endpoint=endpoint.url)
+    return Reply(key=call.key, status=0, message=_plain(message), endpoint=endpoint.url)
+
+
+def _plain(text: str | None) -> str | None:
+    """Headers may hold any bytes, which aiohttp gives as halves of surrogate pairs: these cannot be written."""
+    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _says_its_length(response: aiohttp.ClientResponse) -> bool:
@@ -322,12 +359,12 @@ def _says_its_length(response: aiohttp.ClientResponse) -> bool:
 
 
 def _wait(state: RetryCallState) -> float:
-    """Exponential with jitter; nothing for a try that never left, or where the server has said how long (its pause is
-    kept by all calls)."""
+    """Exponential with jitter; nothing for a try that never left, or where the server asked for a pause: all calls keep
+    that."""
     from tenacity import wait_random_exponential
 
     failure = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(failure, _PassingError) and (not failure.sent or failure.after is not None):
+    if isinstance(failure, _PassingError) and (not failure.sent or failure.after):
         return 0.0
     return float(wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)(state))
 
@@ -340,6 +377,6 @@ def _retry_after(value: str | None) -> float | None:
         return max(0.0, float(value))
     except ValueError:
         pass
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None

@@ -112,10 +112,12 @@ def _if_nothing_is_due(run: Run, chosen: Sequence[Seal], common: Settings) -> Su
 
 def pacing_of(keywords: ServerKeywords) -> Pacing:
     """Raises `UsageError` for what is out of range."""
-    for name in ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout"):
+    for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
         value = keywords.get(name)
-        if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
-            raise UsageError(f"--{name.replace('_', '-')} is {value!r}; it must be more than 0")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number from 1 on")
+    if not 0 < (keywords.get("timeout") or PACING.timeout) < float("inf"):
+        raise UsageError(f"--timeout is {keywords.get('timeout')!r}; it must be more than 0")
     if not 0 <= (keywords.get("rate_limit_delay") or 0.0) < float("inf"):
         raise UsageError("--rate-limit-delay must not be less than 0")
     return Pacing(

@@ -1,7 +1,7 @@
 """Which live server gets the next call: the least busy one that is up.
 
-A server that cannot be reached, or fails again and again, is set aside and asked now and then whether it is well; then
-one call tries it out before it gets its share again. A server that asks for a pause gets it.
+A server that cannot be reached, or fails again and again while another works, is set aside and asked now and then
+whether it is well; then one call tries it out before it gets its share again. A server that asks for a pause gets it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from batchkit.credentials import Key
 PROBE_SECONDS = 2.0
 LONGEST_PROBE_SECONDS = 60.0
 FAILURES_IN_ROW = 8
-"""A server with so many failures in a row, and no fewer than twice its concurrency, is set aside."""
+"""A server with so many failures in a row, and no fewer than twice its concurrency, is set aside where another is up:
+without one it may as well be the requests that are bad."""
 
 LONGEST_PAUSE = 600.0
 """A pause (in seconds) that a server may ask for; where all ask for longer ones, waiting is given up."""
@@ -32,8 +33,11 @@ class Endpoint:
         self.up = True
         self.failures = 0
         self.relapses = 0
+        self.on_trial = False
+        self.turned = 0.0  # when it was set aside, or taken back, the last time
         self.not_before = 0.0
         self.done = 0
+        self.lists_models = False
         self.proxy = _proxy_of(url)
         self.headers = {"authorization": f"Bearer {key.value}"} if key is not None else {}
         self.post_headers = {"content-type": "application/json", **self.headers}
@@ -94,7 +98,7 @@ class Rotation:
             if self._closed is not None:
                 raise self._closed
             now = time.monotonic()
-            shunned = avoid if any(one.up and one is not avoid for one in self._endpoints) else None
+            shunned = avoid if any(self.is_open(one, now) and one is not avoid for one in self._endpoints) else None
             usable = [one for one in self._endpoints if one is not shunned and self._has_room(one, now)]
             if usable:
                 found = min(usable, key=lambda endpoint: endpoint.busy)
@@ -103,9 +107,7 @@ class Rotation:
             await self._wait(now, shunned)
 
     def _has_room(self, endpoint: Endpoint, now: float) -> bool:
-        # One that has just come back has to answer a first call before it gets more.
-        room = self._concurrency if endpoint.failures < self._most_failures else 1
-        return self.is_open(endpoint, now) and endpoint.busy < room
+        return self.is_open(endpoint, now) and endpoint.busy < (1 if endpoint.on_trial else self._concurrency)
 
     def is_open(self, endpoint: Endpoint, now: float) -> bool:
         return endpoint.up and endpoint.not_before <= now
@@ -117,13 +119,8 @@ class Rotation:
     async def _wait(self, now: float, shunned: Endpoint | None) -> None:
         """Until something may have changed."""
         pauses = [one.not_before - now for one in self._endpoints if one.up and one.not_before > now]
-        if not any(one.up for one in self._endpoints):
-            self._check()
-            self._down_since = now if self._down_since is None else self._down_since
-            if now - self._down_since > self._patience:
-                raise NoEndpointError(f"no server has answered for {self._patience:g} s")
-        elif len(pauses) == len(self._endpoints) and min(pauses) > LONGEST_PAUSE:
-            raise NoEndpointError(f"the server asks to be left alone for {min(pauses):,.0f} s")
+        if not any(one.up and one.not_before - now <= LONGEST_PAUSE for one in self._endpoints):
+            self._give_up_or_not(now, pauses)
         # Not all at the same moment, when a pause ends.
         pause = min(pauses, default=PROBE_SECONDS) + (random.random() * min(1.0, min(pauses) / 10) if pauses else 0)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -135,6 +132,15 @@ class Rotation:
             pass
         finally:
             self._waiting.pop(waiter, None)
+
+    def _give_up_or_not(self, now: float, pauses: list[float]) -> None:
+        """No server is to be had soon."""
+        if len(pauses) == len(self._endpoints):
+            raise NoEndpointError(f"the server asks to be left alone for {min(pauses):,.0f} s")
+        self._check()
+        self._down_since = now if self._down_since is None else self._down_since
+        if now - self._down_since > self._patience:
+            raise NoEndpointError(f"no server has answered for {self._patience:g} s")
 
     def release(self, endpoint: Endpoint) -> None:
         endpoint.busy -= 1
@@ -153,20 +159,23 @@ class Rotation:
 
     # -- how they are
 
-    def answered(self, endpoint: Endpoint) -> None:
-        """It has given a reply that is no passing failure."""
+    def answered(self, endpoint: Endpoint, began: float) -> None:
+        """A call that `began` then has got a reply that is no passing failure."""
         endpoint.done += 1
         self._down_since = None
-        if endpoint.failures:
-            if endpoint.relapses > 1:
-                self._say(f"{endpoint.url} answers again")
-            endpoint.failures = endpoint.relapses = 0
+        if began < endpoint.turned:  # an old call says nothing of how it is now
+            return
+        endpoint.failures = 0
+        if endpoint.on_trial:
+            self._say(f"{endpoint.url} answers again")
+            endpoint.relapses, endpoint.on_trial = 0, False
             self._wake_all()
 
     def failed(self, endpoint: Endpoint, why: str) -> None:
         """It has failed in passing, at its own fault: a cut connection, a time-out, a status 5xx."""
         endpoint.failures += 1
-        if endpoint.failures >= self._most_failures:
+        enough = endpoint.on_trial or endpoint.failures >= self._most_failures
+        if enough and any(one.up for one in self._endpoints if one is not endpoint):
             self.set_aside(endpoint, f"{endpoint.failures} failures in a row, the last: {why}")
 
     def pause(self, endpoint: Endpoint, seconds: float) -> None:
@@ -175,10 +184,7 @@ class Rotation:
     def set_aside(self, endpoint: Endpoint, why: str) -> None:
         """Leave it alone until it is well again."""
         if endpoint.up:
-            endpoint.up = False
-            if self._down_since is None and not any(one.up for one in self._endpoints):
-                self._down_since = time.monotonic()
-            endpoint.failures = max(endpoint.failures, self._most_failures)
+            endpoint.up, endpoint.turned = False, time.monotonic()
             endpoint.relapses += 1
             if endpoint.relapses == 1:  # said once, and not each time that it fails its first call
                 self._say(f"{endpoint.url} is down ({why}); its requests go to others until it answers again")
@@ -191,8 +197,7 @@ class Rotation:
         while not endpoint.up:
             await asyncio.sleep(pause)
             endpoint.up = await self._probe(endpoint) is None
-        if endpoint.relapses == 1:
-            self._say(f"{endpoint.url} answers again")
+        endpoint.on_trial, endpoint.turned, endpoint.failures = True, time.monotonic(), 0
         self._wake_all()
 
     def close(self, why: NoEndpointError | RefusingError) -> None:

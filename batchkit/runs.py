@@ -34,8 +34,8 @@ OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
-    """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `fingerprint` tells inputs
-    of one size apart, on another machine too: a checksum of places spread over a file, a dataset's own."""
+    """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `fingerprint` tells
+    inputs of one size apart, on another machine too: a checksum of places spread over a file, a dataset's own."""
 
     uri: str
     bytes: int

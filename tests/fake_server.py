@@ -36,6 +36,7 @@ class Server(ThreadingHTTPServer):
         self.say: Callable[[str], str] = lambda question: f"answer to {question}"
         self.key: str | None = None
         self.elsewhere: str | None = None
+        self.models_status = 200
         self.delay = 0.0
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
@@ -45,6 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Server
+    question = ""
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -55,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.server.elsewhere is not None:
             self.send(307, {}, {"location": self.server.elsewhere})
         elif self.path == "/v1/models":
-            self.send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
+            self.send(
+                self.server.models_status, {"object": "list", "data": [{"id": name} for name in self.server.models]}
+            )
         else:
             self.send(404, {"error": {"message": "not here"}})
 
@@ -64,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(raw)
         question = question_of(body)
+        self.question = question
         with server.lock:
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
@@ -182,11 +187,13 @@ def nonsense(handler: Handler) -> bool:
     return True
 
 
-def whole(body: bytes, *, length: bool = True) -> Callable[[Handler], bool]:
+def whole(body: bytes, *, length: bool = True, **headers: str) -> Callable[[Handler], bool]:
     """A 200 with just this body; without its length the end of the connection ends it."""
 
     def fault(handler: Handler) -> bool:
         handler.send_response(200)
+        for name, text in headers.items():
+            handler.send_header(name.replace("_", "-"), text)
         if length:
             handler.send_header("content-length", str(len(body)))
         else:

@@ -351,15 +351,16 @@ def start_server(port: int, delay: float = 0.0) -> subprocess.Popen[bytes]:
 
 
 class Killer(Silent):
-    """Kills a server when 100 responses have come."""
+    """Kills a server when so many responses have come."""
 
-    def __init__(self, server: subprocess.Popen[bytes]) -> None:
+    def __init__(self, server: subprocess.Popen[bytes], count: int = 100) -> None:
         self._server = server
+        self._count = count
         self._done = 0
 
     def update(self, done: int = 1, *, note: str | None = None) -> None:  # noqa: ARG002
         self._done += done
-        if self._done == 100:
+        if self._done == self._count:
             self._server.kill()
 
 
@@ -433,15 +434,127 @@ def test_a_server_that_fails_at_once_does_not_draw_the_requests_to_itself(server
     assert f"{broken.url} is down (12 failures in a row, the last: status 502)" in down[0]
 
 
-def test_a_server_that_only_fails_ends_the_submit_with_its_rows_pending(server: Server, make_run: MakeRun) -> None:
+def test_a_server_that_only_fails_ends_the_submit_with_its_rows_pending(
+    server: Server, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(150)
     server.faults.extend([fake_server.fine] * 20)
     server.always = fake_server.status(500, "broken")
-    with pytest.raises(EngineError, match="no server has answered for"):
+    monkeypatch.setattr(client, "MOST_LOST", 30)
+    with pytest.raises(EngineError, match="30 requests in a row failed, the last with: status 500"):
         send(run, server)
     found = verdicts(run)
     assert found["answered"] == 20
-    assert found["pending"] > 100
+    assert found["pending"] > 80
+    server.always = None
+    assert send(run, server).exit_code == 0
+
+
+def test_rows_that_kill_their_request_do_not_stop_the_others(server: Server, make_run: MakeRun) -> None:
+    run = make_run(200)
+
+    def poison(handler: fake_server.Handler) -> bool:
+        bad = handler.question in {f"q{n}" for n in range(15)}
+        return bad and fake_server.status(500, "broken image")(handler)
+
+    server.always = poison
+    assert send(run, server).exit_code == 8
+    assert verdicts(run) == {"failed": 15, "answered": 185}
+    with fake_server.running() as other:
+        other.always = poison
+        run = make_run(200, name="two")
+        assert send(run, server, other).exit_code == 8
+        assert verdicts(run) == {"failed": 15, "answered": 185}
+
+
+def test_a_call_goes_back_to_the_server_that_failed_it_while_the_other_pauses(
+    server: Server, make_run: MakeRun
+) -> None:
+    run = make_run(60)
+    server.faults.extend([fake_server.fine] * 20 + [fake_server.status(500)] * 2)
+    with fake_server.running() as other:
+        other.always = fake_server.status(429, retry_after="3600")
+        began = time.monotonic()
+        assert send(run, server, other).exit_code == 0
+        assert time.monotonic() - began < 20
+
+
+def test_one_server_dead_and_the_other_pausing_ends_the_submit(server: Server, make_run: MakeRun) -> None:
+    run = make_run(60)
+    port = free_port()
+    dying = start_server(port)
+    server.faults.extend([fake_server.fine] * 5)
+    server.always = fake_server.status(429, retry_after="3600")
+    try:
+        with pytest.raises(EngineError, match="no server has answered"):
+            submit(run, endpoints=[server.url, f"http://127.0.0.1:{port}/v1"], progress=Killer(dying, 10))
+    finally:
+        dying.kill()
+    assert set(verdicts(run)) <= {"answered", "pending"}
+
+
+def test_when_a_route_is_lost_in_the_middle_late_answers_do_not_blame_the_rows(
+    server: Server, make_run: MakeRun
+) -> None:
+    run = make_run(300)
+    lost = threading.Event()
+
+    def route(handler: fake_server.Handler) -> bool:
+        if lost.is_set():
+            handler.server.models_status = 404
+            return fake_server.status(404, "gone")(handler)
+        time.sleep(random.Random(handler.question).uniform(0.1, 0.5))
+        if handler.server.answered.total() >= 10:
+            lost.set()
+        return False
+
+    server.always = route
+    with pytest.raises(EngineError, match="refuses all requests: status 404"):
+        send(run, server, concurrency=20)
+    assert set(verdicts(run)) == {"answered", "pending"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["nan", "-5", "0", "Mon", "Mon, 01 Jan 2024 00:00:00 +99999999999999999", "Mon, 99999999999999999999 Jan 2024 x"],
+)
+def test_an_odd_retry_after_is_none(value: str, server: Server, make_run: MakeRun) -> None:
+    run = make_run(10)
+    server.faults.extend([fake_server.status(429, retry_after=value)] * 3)
+    assert send(run, server).exit_code == 0
+
+
+def test_a_request_id_that_is_no_text_loses_no_answer(server: Server, make_run: MakeRun) -> None:
+    run = make_run(1)
+    server.faults.append(fake_server.whole((ANSWER % (1, "fine")).encode(), x_request_id="\xff\xfe1"))
+    assert send(run, server).exit_code == 0
+
+
+@pytest.mark.parametrize("limits", [{"requests_per_minute": 3}, {"rate_limit_delay": 1.0}])
+def test_a_refusal_ends_the_waiting_of_all(limits: dict[str, Any], server: Server, make_run: MakeRun) -> None:
+    run = make_run(50)
+    server.faults.append(fake_server.fine)
+    server.always = fake_server.status(401, "over")
+    began = time.monotonic()
+    with pytest.raises(CredentialsError):
+        send(run, server, **limits)
+    assert time.monotonic() - began < 5
+    assert server.asked.total() <= 3
+
+
+def test_an_empty_account_stops_with_the_rest_pending(server: Server, make_run: MakeRun) -> None:
+    run = make_run(50)
+    server.faults.extend([fake_server.fine] * 10)
+
+    def empty(handler: fake_server.Handler) -> bool:
+        handler.send(429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}})
+        return True
+
+    server.always = empty
+    with pytest.raises(EngineError, match="exceeded your current quota"):
+        send(run, server)
+    assert verdicts(run) == {"answered": 10, "pending": 40}
+    assert server.asked.total() <= 16
 
 
 def test_a_server_whose_port_swallows_everything_is_set_aside(
@@ -568,7 +681,7 @@ def test_a_server_that_comes_back_with_another_model_gets_nothing(server: Server
         return fake_server.status(404, "the model m does not exist")(handler)
 
     server.always = gone
-    with pytest.raises(EngineError, match="no server has answered"):
+    with pytest.raises(EngineError, match=r"refuses all requests: status 404.*does not exist"):
         send(run, server)
     assert verdicts(run) == {"answered": 30, "pending": 70}
 
@@ -577,7 +690,7 @@ def test_a_redirect_is_told_before_anything_is_sent(server: Server, make_run: Ma
     run = make_run(10)
 
     server.elsewhere = "http://127.0.0.1:9/v1/models?key=abc"
-    with pytest.raises(EngineError, match=r"sends elsewhere \(http://127.0.0.1:9/v1/models\)"):
+    with pytest.raises(EngineError, match=r"sends elsewhere \('http://127.0.0.1:9/v1/models'\)"):
         send(run, server)
 
 
@@ -616,7 +729,14 @@ def test_what_is_wrong_with_a_server_is_told_before_anything_is_sent(
         with pytest.raises(UsageError, match="not a URL"):
             submit(run, endpoints=[text])
     wrong: dict[str, Any]
-    for wrong in ({"concurrency": -1}, {"timeout": -1.0}, {"timeout": float("inf")}, {"rate_limit_delay": -1.0}):
+    for wrong in (
+        {"concurrency": -1},
+        {"concurrency": 2.5},
+        {"requests_per_minute": 0.5},
+        {"timeout": -1.0},
+        {"timeout": float("inf")},
+        {"rate_limit_delay": -1.0},
+    ):
         with pytest.raises(UsageError, match="must"):
             send(run, server, **wrong)
     with pytest.raises(UsageError, match="no option 'concurency'"):

@@ -106,11 +106,12 @@ async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint) -> tuple[str 
             if response.status in (401, 403):
                 raise _refused(endpoint, await response.text())
             if 300 <= response.status < 400:
-                return f"sends elsewhere ({response.headers.get('location', '?').partition('?')[0]})", []
-            if response.status >= 500:
+                return f"sends elsewhere ({response.headers.get('location', '?').partition('?')[0]!a})", []
+            if response.status >= 500 or (response.status >= 400 and endpoint.lists_models):
                 return f"status {response.status}", []
             if response.status >= 400:
                 return None, []
+            endpoint.lists_models = True
             data = await response.json(content_type=None)
     except CredentialsError:
         raise
@@ -167,11 +168,15 @@ def ask(
 def _explain(refusal: RefusingError) -> BatchkitError:
     endpoint, status = refusal.endpoint, refusal.status
     text = refusal.body[:2000].decode("utf-8", "replace")
-    if status in (401, 403, 407):
+    if status == 401 or (status == 403 and endpoint.key is not None):
         return _refused(endpoint, text)
     said = f"{endpoint.url} refuses all requests: status {status}"
-    if status == 402:
+    if status in (402, 429):
         hint = "pay there, and run the same command again: it goes on where it stopped"
+    elif status == 407:
+        hint = (
+            "http_proxy and https_proxy name a proxy that wants a password; no_proxy names hosts to be asked directly"
+        )
     else:
         hint = "check the path in --endpoints (most end with /v1), and that the server knows the model and the endpoint"
     return EngineError(said + (f": {text[:300]}" if text.strip() else ""), hint=hint)
