@@ -1,9 +1,9 @@
 """Memory of `prepare` and `merge` at several sizes: it must not grow with the rows.
 
-Rows with small pictures go through the command line; the responses are made here, in shuffled order within a shard, and
-every result is compared with what it must be. The same rows are prepared as CSV, Parquet and a Hugging Face dataset,
-the last two with the bytes of the pictures; the requests must be the same. Prints a table of seconds, rows per second and peak memory (the largest
-process, and the sum of all of them).
+Rows with small pictures go through the command line; the responses are made here, in shuffled order within a shard,
+and every result is compared with what it must be. The same rows are prepared as CSV, Parquet and a Hugging Face
+dataset, the last two with the bytes of the pictures; the requests must be the same. Prints a table of seconds, rows per
+second and peak memory (the largest process, and the sum of all of them).
 
     python benchmarks/flat_memory.py --rows 10000,200000
 """

@@ -114,9 +114,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x0
 def test_any_texts_come_back_from_a_csv_in_their_rows(
     pairs: list[tuple[str, str]], ending: str, all_quoted: bool
 ) -> None:
-    quoting = csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL
     stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator=ending, quoting=quoting).writerows([("id", "question"), *pairs])
+    writer = csv.writer(stream, lineterminator=ending, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL)
+    writer.writerows([("id", "question"), *pairs])
     with tempfile.TemporaryDirectory() as folder:
         tasks = Path(folder) / "tasks.csv"
         tasks.write_bytes(stream.getvalue().encode())
@@ -152,8 +152,8 @@ def test_a_spoilt_line_of_a_csv_spoils_no_other(lines: list[str | bytes]) -> Non
 FORMATS: list[InputFormat] = ["auto", "jsonl", "csv", "tsv", "parquet", "hf", "vlmevalkit", "batch"]
 pieces = st.lists(
     st.sampled_from(
-        [b"id,question\n", b"index\timage\tquestion\tA\n", b'"', b"\n", b"\r", b",", b"\t", b"\x00", b"\xff", b"{", b"}",
-         b'{"question": "a"}\n', b"1,why\n", b"1\t2\twhy\tx\n", b"PAR1", b"\xef\xbb\xbf", b"[",
+        [b"id,question\n", b"index\timage\tquestion\tA\n", b'"', b"\n", b"\r", b",", b"\t", b"\x00", b"\xff", b"{",
+         b"}", b'{"question": "a"}\n', b"1,why\n", b"1\t2\twhy\tx\n", b"PAR1", b"\xef\xbb\xbf", b"[",
          b"null\n", b"\xe2\x80\xa8"]
     )
     | st.binary(max_size=6),
