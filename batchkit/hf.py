@@ -92,14 +92,14 @@ def _from_hub(uri: str) -> datasets.Dataset:
     config = parts.pop() if len(parts) == 3 else None
     token = next((value for variable in HUB_TOKENS if (value := find_variable(variable))), None)
     try:
-        try:
-            found = datasets.load_dataset("/".join(parts), config, token=token, split=split or None)
-        except datasets.exceptions.DatasetNotFoundError:
-            if len(parts) != 2:
-                raise
-            found = datasets.load_dataset(parts[0], parts[1], token=token, split=split or None)  # NAME/CONFIG
+        found = datasets.load_dataset("/".join(parts), config, token=token, split=split or None)
     except Exception as exc:  # of the library, the hub's client, and whatever builds the dataset
-        raise _told(uri, exc, token) from exc
+        if not isinstance(exc, datasets.exceptions.DatasetNotFoundError) or len(parts) != 2:
+            raise _told(uri, exc, token) from exc
+        try:  # a dataset without an owner, and its configuration
+            found = datasets.load_dataset(parts[0], parts[1], token=token, split=split or None)
+        except Exception:  # noqa: BLE001  # what was said first is of the usual reading of the name
+            raise _told(uri, exc, token) from exc
     return _one_split(uri, found, split or None)
 
 

@@ -1,8 +1,9 @@
 """Memory of `prepare` (with `--reuse`, too) and `merge` at several sizes: it must not grow with the rows.
 
-Rows with small pictures go through the command line; the responses are made here, in shuffled order within a shard, and
-every result is compared with what it must be. Prints a table of seconds, rows per second and peak memory (the largest
-process, and the sum of all of them).
+Rows with small pictures go through the command line; the responses are made here, in shuffled order within a shard,
+and every result is compared with what it must be. The same rows are prepared as CSV, Parquet and a Hugging Face
+dataset, the last two with the bytes of the pictures; the requests must be the same. Prints a table of seconds, rows per
+second and peak memory (the largest process, and the sum of all of them).
 
     python benchmarks/flat_memory.py --rows 10000,200000
 """
@@ -11,16 +12,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from batchkit.jobs import Attempt, Job
@@ -56,6 +63,7 @@ def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:
     tasks = make_tasks(folder, rows)
     run = folder / "run"
     prepared = measure([*COMMAND, "prepare", str(tasks), str(run), "--model", "m"])
+    inputs = [(name, measure_input(folder, name, make, rows)) for name, make in INPUTS.items()]
     answer(run)
     merged = measure([*COMMAND, "merge", str(run)])
     check(run, rows)
@@ -80,7 +88,67 @@ def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:
     make_pile(folder, rows)
     piled = measure([*COMMAND, "merge", *pile])
     check_file(folder / "pile-results.jsonl", rows)
-    return [("prepare", prepared), ("merge", merged), ("reuse", reused), ("parts", joined), ("pile", piled)]
+    return [("prepare", prepared), *inputs, ("merge", merged), ("reuse", reused), ("parts", joined), ("pile", piled)]
+
+
+def measure_input(folder: Path, name: str, make: Callable[[Path, int], Path], rows: int) -> Measured:
+    """`prepare` of the rows as they are in another format; its requests are compared with those of the JSONL."""
+    tasks, run = make(folder, rows), folder / f"run-{name}"
+    measured = measure([*COMMAND, "prepare", str(tasks), str(run), "--model", "m", "--image-root", str(folder)])
+    assert all(
+        (run / "requests" / path.name).read_bytes() == path.read_bytes()
+        for path in (folder / "run" / "requests").glob("*.jsonl")
+    )
+    shutil.rmtree(run)
+    return measured
+
+
+def rows_of(rows: int) -> Iterator[dict[str, str]]:
+    for number in range(rows):
+        image = f"pictures/{number % PICTURES}.jpg"
+        yield {"id": f"row-{number}", "image": image, "question": f"What is {number}?"}
+
+
+def make_csv(folder: Path, rows: int) -> Path:
+    with open(folder / "tasks.csv", "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, ["id", "image", "question"])
+        writer.writeheader()
+        writer.writerows(rows_of(rows))
+    return folder / "tasks.csv"
+
+
+def tables_with_bytes(folder: Path, rows: int) -> Iterator[pa.Table]:
+    """Tables of 1,000 rows; images as Hugging Face stores them."""
+    pictures = {
+        f"pictures/{number}.jpg": (folder / f"pictures/{number}.jpg").read_bytes() for number in range(PICTURES)
+    }
+    made = ({**row, "image": {"bytes": pictures[row["image"]], "path": None}} for row in rows_of(rows))
+    while some := list(itertools.islice(made, 1000)):
+        yield pa.Table.from_pylist(some)
+
+
+def make_parquet(folder: Path, rows: int) -> Path:
+    """One row group of all rows: the hardest to read in a little memory."""
+    tables = tables_with_bytes(folder, rows)
+    pq.write_table(pa.concat_tables(tables), folder / "tasks.parquet", row_group_size=rows, use_dictionary=False)
+    return folder / "tasks.parquet"
+
+
+def make_dataset(folder: Path, rows: int) -> Path:
+    """What `save_to_disk` writes, with the rows written as they come."""
+    import datasets
+
+    first = next(tables_with_bytes(folder, 1))
+    target = folder / "dataset"
+    datasets.Dataset(first).save_to_disk(target)
+    (file,) = target.glob("*.arrow")
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+        for table in tables_with_bytes(folder, rows):
+            writer.write_table(table)
+    return target
+
+
+INPUTS = {"csv": make_csv, "parquet": make_parquet, "hf": make_dataset}
 
 
 def make_tasks(folder: Path, rows: int) -> Path:
@@ -90,9 +158,7 @@ def make_tasks(folder: Path, rows: int) -> Path:
         Image.frombytes("RGB", (48, 48), chance.randbytes(48 * 48 * 3)).save(folder / f"pictures/{number}.jpg")
     tasks = folder / "tasks.jsonl"
     with open(tasks, "w", encoding="utf-8") as stream:
-        for number in range(rows):
-            image = f"pictures/{number % PICTURES}.jpg"
-            stream.write(json.dumps({"id": f"row-{number}", "image": image, "question": f"What is {number}?"}) + "\n")
+        stream.writelines(json.dumps(row) + "\n" for row in rows_of(rows))
     return tasks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from batchkit import inputs, merging, preparation
 from batchkit.errors import BatchkitError
 from batchkit.options import InputFormat
+from batchkit.tasks import FILE_START, Place
 from tests.conftest import WriteTasks
 
 SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,15 +114,15 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x0
 def test_any_texts_come_back_from_a_csv_in_their_rows(
     pairs: list[tuple[str, str]], ending: str, all_quoted: bool
 ) -> None:
-    quoting = csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL
     stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator=ending, quoting=quoting).writerows([("id", "question"), *pairs])
+    writer = csv.writer(stream, lineterminator=ending, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL)
+    writer.writerows([("id", "question"), *pairs])
     with tempfile.TemporaryDirectory() as folder:
         tasks = Path(folder) / "tasks.csv"
         tasks.write_bytes(stream.getvalue().encode())
         rows = list(inputs.open_source(tasks).rows())
         for stop in (0, len(rows) // 2):  # from behind any row on, too
-            place = inputs.FILE_START if not stop else inputs.Place(stop, rows[stop].line, rows[stop - 1].end)
+            place = FILE_START if not stop else Place(stop, rows[stop].line, rows[stop - 1].end)
             again = list(inputs.open_source(tasks).rows(place))
             assert [row[:4] for row in again] == [row[:4] for row in rows[stop:]]
     assert [tuple(json.loads(row.raw).values()) for row in rows] == pairs
@@ -150,8 +152,9 @@ def test_a_spoilt_line_of_a_csv_spoils_no_other(lines: list[str | bytes]) -> Non
 FORMATS: list[InputFormat] = ["auto", "jsonl", "csv", "tsv", "parquet", "hf", "vlmevalkit", "batch"]
 pieces = st.lists(
     st.sampled_from(
-        [b"id,question\n", b"index\timage\tquestion\tA\n", b'"', b"\n", b"\r", b",", b"\t", b"\x00", b"\xff", b"{", b"}",
-         b'{"question": "a"}\n', b"1,why\n", b"1\t2\twhy\tx\n", b"PAR1", b"\xef\xbb\xbf", b"[", b"null\n", b"\xe2\x80\xa8"]
+        [b"id,question\n", b"index\timage\tquestion\tA\n", b'"', b"\n", b"\r", b",", b"\t", b"\x00", b"\xff", b"{",
+         b"}", b'{"question": "a"}\n', b"1,why\n", b"1\t2\twhy\tx\n", b"PAR1", b"\xef\xbb\xbf", b"[",
+         b"null\n", b"\xe2\x80\xa8"]
     )
     | st.binary(max_size=6),
     max_size=25,
@@ -166,10 +169,9 @@ def test_any_bytes_are_rows_or_a_clear_error(parts: list[bytes], wanted: InputFo
         tasks.write_bytes(b"".join(parts))
         try:
             results = outcome(tasks, Path(folder) / "run", input_format=wanted)
-        except BatchkitError as exc:
-            assert exc.message
-        else:
-            assert set(verdicts(results)) <= {"pending", "rejected"}
+        except BatchkitError:  # anything else is a bug of ours
+            return
+        assert set(verdicts(results)) <= {"pending", "rejected"}
 
 
 @SLOW
@@ -182,7 +184,5 @@ def test_a_parquet_file_with_flipped_bytes_is_rows_or_a_clear_error(data: st.Dat
         content[at] ^= data.draw(st.integers(1, 255))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "t.parquet").write_bytes(content)
-        try:
+        with contextlib.suppress(BatchkitError):  # anything else is a bug of ours
             outcome(Path(folder) / "t.parquet", Path(folder) / "run", workers=1)
-        except BatchkitError as exc:
-            assert exc.message

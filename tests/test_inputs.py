@@ -562,6 +562,16 @@ def test_a_dataset_that_the_hub_does_not_show_us_asks_for_a_token(
     assert set(tokens) == {"hf_secret"}
 
 
+def test_what_the_hub_said_of_the_usual_reading_of_a_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *arguments: Any, **options: Any) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"{path} does not exist")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match="no such dataset: owner/name does not exist") as caught:
+        preparation.plan("hf://owner/name:train", model="m")
+    assert caught.value.hint == "check the name; a private dataset needs HF_TOKEN"
+
+
 @pytest.mark.parametrize("uri", ["hf://", "hf://a//b:train", "hf://a/b/c/d:train"])
 def test_a_name_that_is_none_is_an_error(uri: str) -> None:
     with pytest.raises(UsageError, match="names no dataset"):
