@@ -7,6 +7,7 @@ Shard after shard, in the memory of one: the responses to shard k belong to rows
 from __future__ import annotations
 
 import glob
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import xxhash
 
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
+from batchkit.flat import FlatEncoder, fields_of
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
-from batchkit.outputs import Outputs, Places, places
+from batchkit.outputs import Encoder, Outputs, Places, places
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
@@ -32,23 +34,28 @@ def merge(
     output: str | Path | None = None,
     parse: str = "text",
     prefix: str = "",
+    flat: bool = False,
     retry_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
-    `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`; `prefix` goes before the names of
-    the fields that a result adds. Nothing is replaced unless all of it was written. Raises `UsageError` where a row
-    uses one of our names, `RunError` where the run is damaged, `RunBusyError` where another merge is at work.
+    `output` is `RUN/results.jsonl` unless given, and may be a `.csv` or `.parquet`; `parse` is one of `answers.KINDS`;
+    `prefix` goes before the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone.
+    Nothing is replaced unless all of it was written. Raises `UsageError` where a row uses one of our names, `RunError`
+    where the run is damaged, `RunBusyError` where another merge is at work.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     progress = progress or Silent()
-    encoder = ResultEncoder(parse=parse, prefix=prefix, model=run.manifest.model)
+    encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix, model=run.manifest.model)
     to = places(output or run.path / "results.jsonl", retry_file, never=_read_by_merge(run))
     prepared = run.prepared()
     if prepared is not None:
-        check_names(prepared.names_in_use, prefix)
+        if not flat:
+            check_names(prepared.names_in_use, prefix)
         progress.grow(prepared.rows)
+    if flat:
+        encoder = FlatEncoder(parse, fields_of(run.manifest.options), start=_first_position(run))
     attempts: list[Attempt] = []
     with run.lease("merge"):
         _remove_leftovers(run, to)
@@ -66,11 +73,18 @@ def _remove_leftovers(run: Run, to: Places) -> None:
     for path in to:
         if path.parent == run.path:
             for aside in run.path.glob(f".{glob.escape(path.name)}.*.tmp"):
-                aside.unlink(missing_ok=True)
+                if aside.is_dir():  # images
+                    shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    aside.unlink(missing_ok=True)
+
+
+def _first_position(run: Run) -> int:
+    return next((seal.start for seal in run.seals()), 0)
 
 
 def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:
-    shard = load(run, seal)
+    shard = load(run, seal, outputs.album.keep)
     for outcome, row in zip(shard.outcomes, _rows(run, seal), strict=True):
         outputs.add(row, outcome)
     outputs.add_strays(shard.unexpected, shard.unreadable)
