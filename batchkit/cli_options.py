@@ -60,7 +60,9 @@ prepare_options = add_options(
     ),
     click.option("--id-fields", metavar="A,B", help="Fields that identify a row. [default: id, where a row has it]"),
     click.option(
-        "--answer-field", metavar="FIELD", help="Field with the right answer, for evaluate; it is not sent. [default: answer]"
+        "--answer-field",
+        metavar="FIELD",
+        help="Field with the right answer, for evaluate; it is not sent. [default: answer]",
     ),
     click.option(
         "--prompt-template",
@@ -228,7 +230,9 @@ merge_options = add_options(
 )
 
 evaluate_options = add_options(
-    click.option("--results", metavar="FILE", help="Results of merge, .jsonl or .jsonl.gz. [default: RUN/results.jsonl]"),
+    click.option(
+        "--results", metavar="FILE", help="Results of merge, .jsonl or .jsonl.gz. [default: RUN/results.jsonl]"
+    ),
     click.option("-o", "--output", metavar="DIR", help="Where the files go. [default: RUN/evaluation]"),
     click.option("--by", multiple=True, metavar="FIELD", help="Accuracy for each value of this field. Repeatable."),
     click.option(
@@ -250,5 +254,7 @@ evaluate_options = add_options(
         help="Field with right images. Repeatable. [default: reasoning_image_1, reasoning_image_2 …]",
     ),
     click.option("--copy-images", is_flag=True, help="Copy the images asked about, and those made, beside the files."),
-    click.option("--image-root", metavar="DIR", help="For --copy-images: relative paths start here. [default: prepare's]"),
+    click.option(
+        "--image-root", metavar="DIR", help="For --copy-images: relative paths start here. [default: prepare's]"
+    ),
 )

@@ -73,7 +73,7 @@ class Statistics(msgspec.Struct, kw_only=True):
 
 
 class Figures:
-    """Adds up. `by` are the fields whose values get a score of their own. Raises `UsageError` where one has too many."""
+    """Adds up. `by` are the fields whose values get scores of their own; `UsageError` where one has too many."""
 
     def __init__(self, by: Sequence[str] = ()) -> None:
         self._rows = self._answered = self._without_truth = self._other_errors = 0
