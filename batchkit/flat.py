@@ -64,6 +64,12 @@ class FlatEncoder:
         self._fields = fields
         self._position = start
         self._custom_ids = custom_ids or fields.batch_format
+        self._shown: dict[int, bool] = {}
+
+    def know(self, shown: dict[int, bool]) -> None:
+        """`shown` tells by position whether the request of a row has an image; for others the row's fields tell. Rows
+        of tables are kept without their images, and a bad image may have been left out."""
+        self._shown = shown
 
     def encode(self, row: bytes, outcome: Outcome, images: Sequence[str] = ()) -> Result:  # noqa: ARG002  # no column
         judged = self._results.judge(outcome)
@@ -74,7 +80,7 @@ class FlatEncoder:
         line = _Flat(
             id=(outcome.custom_id if self._custom_ids else self._id(row, fields)) or str(self._position),
             question=self._question(fields),
-            has_image=self._has_image(fields),
+            has_image=self._shown.get(self._position, self._has_image(fields)),
             response=judged.raw,
             status="success" if judged.verdict in ANSWERS else "error",
             error_message=judged.error,
@@ -105,6 +111,11 @@ class FlatEncoder:
                 for part in _parts(message)
             )
         return any(fields.get(name) not in (None, "", []) for name in self._fields.images)
+
+
+def has_image(request: bytes) -> bool:
+    """Whether a request line of ours has an image; a text that quotes these words has backslashes in them."""
+    return b'"type":"image_url"' in request or b'"type":"input_image"' in request
 
 
 def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ import xxhash
 
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
-from batchkit.flat import FlatEncoder, fields_of
+from batchkit.flat import FlatEncoder, fields_of, has_image
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
-from batchkit.outputs import Encoder, Outputs, Places, places
+from batchkit.outputs import Outputs, Places, places
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
@@ -47,21 +47,22 @@ def merge(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     progress = progress or Silent()
-    encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix, model=run.manifest.model)
+    encoder = ResultEncoder(parse=parse, prefix=prefix, model=run.manifest.model)
     to = places(output or run.path / "results.jsonl", retry_file, never=_read_by_merge(run))
     prepared = run.prepared()
     if prepared is not None:
         if not flat:
             check_names(prepared.names_in_use, prefix)
         progress.grow(prepared.rows)
-    if flat:
-        encoder = FlatEncoder(parse, fields_of(run.manifest.options), start=_first_position(run))
+    flattener = FlatEncoder(parse, fields_of(run.manifest.options), start=_first_position(run)) if flat else None
     attempts: list[Attempt] = []
     with run.lease("merge"):
         _remove_leftovers(run, to)
         billing = Billing(host=str(run.manifest.options.get("host", "openai")), model=run.manifest.model)
-        with Outputs(to, encoder, billing) as outputs:
+        with Outputs(to, flattener or encoder, billing) as outputs:
             for seal in run.seals():
+                if flattener is not None:
+                    flattener.know(_shown(run, seal))
                 _merge_shard(run, seal, outputs, billing)
                 attempts += run.job(seal.shard).attempts
                 progress.update(seal.end - seal.start)
@@ -81,6 +82,17 @@ def _remove_leftovers(run: Run, to: Places) -> None:
 
 def _first_position(run: Run) -> int:
     return next((seal.start for seal in run.seals()), 0)
+
+
+def _shown(run: Run, seal: Seal) -> dict[int, bool]:
+    """By position, whether a row's request has an image; nothing where the requests are gone."""
+    rejected = {rejection.position for rejection in seal.rejected}
+    positions = [position for position in range(seal.start, seal.end) if position not in rejected]
+    path = run.requests_path(seal.shard)
+    if run.manifest.options.get("input_format") == "batch" or not path.exists():
+        return {}
+    with open_read(str(path)) as stream:
+        return dict(zip(positions, map(has_image, stream), strict=False))
 
 
 def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:

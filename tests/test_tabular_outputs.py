@@ -281,6 +281,29 @@ def test_flat_results_have_the_six_columns_in_every_format(
     assert found == expected
 
 
+def test_has_image_tells_what_was_sent_not_what_the_row_names(
+    write_tasks: WriteTasks, picture: Any, tmp_path: Path
+) -> None:
+    picture("a.png")
+    quoted = '"type":"image_url"'
+    tasks = write_tasks([
+        {"photo": "a.png", "question": "a"},
+        {"photo": "gone.png", "question": "b"},
+        {"question": quoted},
+    ])  # fmt: skip
+    options = ["--image-field", "photo", "--on-bad-image", "text-only"]
+    call("prepare", tasks, tmp_path / "run", "--model", "m", *options)
+    call("merge", tmp_path / "run", "--flat")
+    results = read_jsonl(tmp_path / "run" / "results.jsonl")
+    assert [row["has_image"] for row in results] == [True, False, False]
+    run = MadeRun(tmp_path / "made")  # rows of a table are kept without their images
+    run.add_shard([b'{"id":0}', b"{bad", b'{"id":2}'], {1: "bad"})
+    run.finish()
+    run.run.requests_path(0).write_bytes(b'{"a":{"type":"text"}}\n{"a":{"type":"image_url"}}\n')
+    merge(run.run, flat=True)
+    assert [row["has_image"] for row in read_jsonl(run.run.path / "results.jsonl")] == [False, False, True]
+
+
 def test_flat_ids_are_the_id_field_or_the_position_in_the_file(write_tasks: WriteTasks, tmp_path: Path) -> None:
     tasks = write_tasks([{"question": "a"}, {"id": 7, "question": "b"}, {"question": "c"}])
     call("prepare", tasks, tmp_path / "run", "--model", "m", "--start", "1")
