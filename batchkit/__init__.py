@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchkit.cancelling import cancel as cancel
     from batchkit.errors import BatchkitError as BatchkitError
+    from batchkit.evaluation import evaluate as evaluate
     from batchkit.inference import infer as infer
     from batchkit.merging import merge as merge
     from batchkit.piles import merge_pile as merge_pile
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BatchkitError": "errors",
     "cancel": "cancelling",
+    "evaluate": "evaluation",
     "infer": "inference",
     "merge": "merging",
     "merge_pile": "piles",
@@ -41,7 +43,9 @@ _HOMES = {
     "submit": "submission",
 }
 
-__all__ = ["BatchkitError", "cancel", "infer", "merge", "merge_pile", "plan", "prepare", "run", "status", "submit"]
+__all__ = [
+    "BatchkitError", "cancel", "evaluate", "infer", "merge", "merge_pile", "plan", "prepare", "run", "status", "submit",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from batchkit import generated
+from batchkit.generated import Inline, Said
+
 Kind = Literal["answered", "truncated", "refused", "none"]
 
 
 class Found(NamedTuple):
-    """`kind` "none": there is no answer in it, and `message` says why. `passing`: it may succeed if sent again."""
+    """`kind` "none": there is no answer in it, and `message` says why. `passing`: it may succeed if sent again.
+
+    `images` are those that the model made; they are not in `answer`. `segments` as in `generated.Said`.
+    """
 
     kind: Kind
     answer: Any = None
@@ -20,6 +26,8 @@ class Found(NamedTuple):
     usage: dict[str, Any] | None = None
     model: str | None = None
     passing: bool = False
+    images: tuple[Inline, ...] = ()
+    segments: int | None = None
 
 
 # Finish reasons, lower case. `max_tokens` and `max_output_tokens` are what Gemini's and other OpenAI-compatible hosts
@@ -70,13 +78,29 @@ def _choice(choice: dict[str, Any]) -> Found:
         return _finished(_text(choice.get("text")), finish, None, "the first choice has no message")
     content = message.get("content")
     refusal = message.get("refusal") or _refusal_in(content)
-    answer: Any = _text(content)
+    said = _with_listed(generated.read(content), message.get("images"))
+    answer: Any = said.text
     if not answer and (calls := message.get("tool_calls") or message.get("function_call")):
         answer = calls
     lack = "the message has no content"
     if message.get("reasoning_content") or message.get("reasoning"):
         lack += ", only reasoning"
-    return _finished(answer, finish, refusal if isinstance(refusal, str) else None, lack)
+    return _illustrated(said, answer, finish, refusal if isinstance(refusal, str) else None, lack)
+
+
+def _with_listed(said: Said, entries: Any) -> Said:
+    """Add the images that a message lists beside its content; some servers give them in both places."""
+    known = {image.text for image in said.images}
+    more = tuple(image for image in generated.listed(entries) if image.text not in known)
+    return said._replace(images=said.images + more) if more else said
+
+
+def _illustrated(said: Said, answer: Any, finish: str | None, refusal: str | None, lack: str) -> Found:
+    """As `_finished`, of an answer that may have images: images alone are an answer, with an empty text."""
+    if answer is None and said.images:
+        answer = ""
+    found = _finished(answer, finish, refusal, lack)
+    return found if found.kind == "none" else found._replace(images=said.images, segments=said.segments)
 
 
 def _finished(answer: Any, finish: str | None, refusal: str | None, lack: str) -> Found:
@@ -98,16 +122,7 @@ def _finished(answer: Any, finish: str | None, refusal: str | None, lack: str) -
 
 def _text(content: Any) -> str | None:
     """The text of a message: a string, or parts of which the ones with text count."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        texts = [
-            part if isinstance(part, str) else part["text"]
-            for part in content
-            if isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
-        ]
-        return "".join(texts) if texts else None
-    return None
+    return generated.read(content).text
 
 
 def _refusal_in(content: Any) -> str | None:
@@ -121,19 +136,27 @@ def _responses_endpoint(body: dict[str, Any]) -> Found:
     """`/v1/responses`: output items, of which the messages hold text; `status` says how it ended."""
     items = [item for item in body["output"] if isinstance(item, dict)]
     messages = [item for item in items if item.get("type", "message") == "message"]
-    texts = [text for item in messages if (text := _text(item.get("content"))) is not None]
-    answer: Any = "".join(texts) if texts else None
-    if answer is None:
+    said = generated.read([part for item in items for part in _spoken_parts(item)])
+    answer: Any = said.text
+    if answer is None and not said.images:
         answer = [item for item in items if item.get("type") in ("function_call", "custom_tool_call")] or None
     refusal = next((found for item in messages if (found := _refusal_in(item.get("content")))), None)
     status = body.get("status")
     if status == "incomplete":
         details = body.get("incomplete_details")
         reason = details.get("reason") if isinstance(details, dict) else None
-        return _finished(answer, reason if isinstance(reason, str) else "length", refusal, "")
+        return _illustrated(said, answer, reason if isinstance(reason, str) else "length", refusal, "")
     if status in (None, "completed"):
-        return _finished(answer, "stop", refusal, "the output has no text")
+        return _illustrated(said, answer, "stop", refusal, "the output has no text")
     return Found("none", None, None, f"the response ended as {status!r}", passing=status != "failed")
+
+
+def _spoken_parts(item: dict[str, Any]) -> list[Any]:
+    """What an output item adds to the answer: the parts of a message, or the image that a tool made."""
+    if item.get("type") == "image_generation_call":
+        return [item]
+    content = item.get("content") if item.get("type", "message") == "message" else None
+    return content if isinstance(content, list) else [content]
 
 
 def _values(entries: list[Any]) -> Found:
@@ -151,7 +174,16 @@ def _values(entries: list[Any]) -> Found:
             ordered = sorted(entries, key=_index)
             values = [entry[key] for entry in ordered]
             return Found("answered", values[0] if len(values) == 1 else values)
+    if any(isinstance(entry, dict) and entry.get("b64_json") for entry in entries):
+        return _images(entries)
     return Found("answered", entries)
+
+
+def _images(entries: list[Any]) -> Found:
+    """`/v1/images/generations`: the images, and as the answer what else is said of them (`revised_prompt`)."""
+    found = [image for entry in entries if isinstance(entry, dict) for image in generated.listed([entry])]
+    rest = [{name: entry[name] for name in entry if name != "b64_json"} for entry in entries if isinstance(entry, dict)]
+    return Found("answered", rest if any(rest) else "", images=tuple(found))
 
 
 def _index(entry: dict[str, Any]) -> int:
@@ -189,6 +221,7 @@ def _gemini_candidate(body: dict[str, Any]) -> Found:
         if isinstance(parts, list)
         else []
     )
-    return _finished(
-        _text(spoken), finish if isinstance(finish, str) else None, None, "the first candidate has no text"
+    said = generated.read(spoken)
+    return _illustrated(
+        said, said.text, finish if isinstance(finish, str) else None, None, "the first candidate has no text"
     )

@@ -15,6 +15,7 @@ from batchkit import __version__, cli_messages
 from batchkit.cli_options import (
     BACKENDS,
     HOST_NAMES,
+    evaluate_options,
     merge_options,
     pilot_option,
     prepare_options,
@@ -242,6 +243,33 @@ def merge_command(
             )
     cli_messages.tell_merged(summary, as_json=as_json)
     sys.exit(summary.exit_code)
+
+
+@main.command("evaluate")
+@click.argument("run", required=False)
+@evaluate_options
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON on stdout, instead of a table.")
+def evaluate_command(run: str | None, as_json: bool, **options: Any) -> None:
+    """Compare the results of RUN with the right answers, and count.
+
+    Writes evaluation_data.json, statistics.json and summary.json to RUN/evaluation. A RUN that was not merged yet is
+    merged first.
+
+    \b
+    batchkit evaluate my-run --answer-field truth --by category
+    """
+    from batchkit import evaluation, evaluation_text
+    from batchkit.progress import Console
+
+    with Console("evaluate") as progress:
+        found = evaluation.evaluate(run, progress=progress, **options)
+    cli_messages.tell_evaluated(found)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(found.statistics), indent=2))
+    else:
+        click.echo(evaluation_text.as_text(found))
 
 
 @main.command("run")

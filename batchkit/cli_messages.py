@@ -116,6 +116,18 @@ def _money(summary: Any) -> str:
     return text + f"{spent.usd:,.4f} USD{bound}{rest}; live it had been {spent.live_usd:,.4f}"
 
 
+def tell_evaluated(evaluation: Any) -> None:
+    if evaluation.merged:
+        click.echo(f"not merged yet: merged into {evaluation.results}", err=True)
+    if evaluation.stale:
+        click.echo(f"warning: responses have come since {evaluation.results} was merged; merge again", err=True)
+    if evaluation.lost:
+        click.echo(f"warning: {counted(evaluation.lost, 'image')} could not be copied:", err=True)
+        for message in evaluation.first_lost:
+            click.echo(f"  {message}", err=True)
+    click.echo(f"evaluation: {evaluation.folder}", err=True)
+
+
 def tell_standing(run: str, summary: Any, report: Any) -> None:
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
     flying = f"; {counted(report.in_flight, 'request')} under way at the provider" if report.in_flight else ""

@@ -72,6 +72,11 @@ prepare_options = add_options(
     ),
     click.option("--id-fields", metavar="A,B", help="Fields that identify a row. [default: id, where a row has it]"),
     click.option(
+        "--answer-field",
+        metavar="FIELD",
+        help="Field with the right answer, for evaluate; it is not sent. [default: answer]",
+    ),
+    click.option(
         "--prompt-template",
         metavar="TEXT|@FILE",
         help="Jinja2 over the row's fields, for example 'Is this a {{ kind }}? {{ question }}'.",
@@ -235,12 +240,52 @@ settle_options = add_options(
 )
 
 merge_options = add_options(
-    click.option("-o", "--output", metavar="FILE", help="Where the results go. [default: RUN/results.jsonl]"),
+    click.option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Where the results go: .jsonl, .csv (both also compressed, .gz) or .parquet. [default: RUN/results.jsonl]",
+    ),
     click.option(
         "--parse",
         metavar="HOW",
         help="parsed_answer: text, json, choice, number or regex:PATTERN. [default: text; json with a schema]",
     ),
     click.option("--prefix", default="", metavar="TEXT", help="Put before the names of the fields that a result adds."),
+    click.option(
+        "--flat",
+        is_flag=True,
+        help="Only these columns: id, question, has_image, response, status, error_message.",
+    ),
     click.option("--retry-file", metavar="FILE", help="Rows without an answer. [default: RUN/retry.jsonl]"),
+)
+
+evaluate_options = add_options(
+    click.option(
+        "--results", metavar="FILE", help="Results of merge, .jsonl or .jsonl.gz. [default: RUN/results.jsonl]"
+    ),
+    click.option("-o", "--output", metavar="DIR", help="Where the files go. [default: RUN/evaluation]"),
+    click.option("--by", multiple=True, metavar="FIELD", help="Accuracy for each value of this field. Repeatable."),
+    click.option(
+        "--answer-field",
+        metavar="FIELD",
+        help="Field with the right answer, or a list of right ones. [default: prepare's, else answer or Final Answer]",
+    ),
+    click.option(
+        "--reasoning-field",
+        default="Text Reasoning Trace",
+        show_default=True,
+        metavar="FIELD",
+        help="Field with the right reasoning.",
+    ),
+    click.option(
+        "--truth-image-field",
+        multiple=True,
+        metavar="FIELD",
+        help="Field with right images. Repeatable. [default: reasoning_image_1, reasoning_image_2 …]",
+    ),
+    click.option("--copy-images", is_flag=True, help="Copy the images asked about, and those made, beside the files."),
+    click.option(
+        "--image-root", metavar="DIR", help="For --copy-images: relative paths start here. [default: prepare's]"
+    ),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import xxhash
 
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
+from batchkit.flat import FlatEncoder, FlatFields, fields_of, has_image
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
 from batchkit.outputs import Outputs, Places, places
@@ -34,31 +36,33 @@ def merge(
     output: str | Path | None = None,
     parse: str | None = None,
     prefix: str = "",
+    flat: bool = False,
     retry_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
     `run` may be several runs: parts of one task file, in any order. Their results are one, in the order of the rows.
-    `output` is `RUN/results.jsonl` unless given; `parse` is one of `answers.KINDS`, unless given `text`, or
-    `json` checked against the schema where a run was prepared with one; `prefix` goes before the names of
-    the fields that a result adds. Nothing is replaced unless all of it was written. Raises `UsageError` where a row
-    uses one of our names, or runs do not go together; `RunError` where a run is damaged, `RunBusyError` where another
-    merge is at work.
+    `output` is `RUN/results.jsonl` unless given, and may be a `.csv` or `.parquet`; `parse` is one of `answers.KINDS`,
+    unless given `text`, or `json` checked against the schema where a run was prepared with one; `prefix` goes before
+    the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. Nothing is replaced unless all of it
+    was written. Raises `UsageError` where a row uses one of our names, or runs do not go together; `RunError` where a
+    run is damaged, `RunBusyError` where another merge is at work.
     """
     runs = open_all(run)
     progress = progress or Silent()
     if output is None and len(runs) > 1:
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
-    schemas = [run.manifest.response_schema for run in runs]
-    parse = parse or ("json" if any(schema is not None for schema in schemas) else "text")
-    encoder = ResultEncoder(parse=parse, prefix=prefix)
+    parse = parse or ("json" if any(run.manifest.response_schema is not None for run in runs) else "text")
+    encoder: ResultEncoder | FlatEncoder
+    encoder = FlatEncoder(parse, FlatFields(ids=None)) if flat else ResultEncoder(parse=parse, prefix=prefix)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
     prepared = [run.prepared() for run in runs]
     for totals in prepared:
         if totals is not None:
-            check_names(totals.names_in_use, prefix)
+            if not flat:
+                check_names(totals.names_in_use, prefix)
             progress.grow(totals.rows)
     attempts: list[Attempt] = []
     with contextlib.ExitStack() as leases:
@@ -71,7 +75,11 @@ def merge(
                 manifest = span.run.manifest
                 encoder.turn_to(manifest.model, manifest.response_schema)
                 billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
+                if isinstance(encoder, FlatEncoder):
+                    encoder.go_to(span.start, fields_of(manifest.options))
                 for seal in span.seals():
+                    if isinstance(encoder, FlatEncoder):
+                        encoder.know(_shown(span.run, seal))
                     _merge_shard(span.run, seal, outputs, billing)
                     attempts += span.run.job(seal.shard).attempts
                     progress.update(seal.end - seal.start)
@@ -83,11 +91,25 @@ def _remove_leftovers(run: Run, to: Places) -> None:
     for path in to:
         if path.parent == run.path:
             for aside in run.path.glob(f".{glob.escape(path.name)}.*.tmp"):
-                aside.unlink(missing_ok=True)
+                if aside.is_dir():  # images
+                    shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    aside.unlink(missing_ok=True)
+
+
+def _shown(run: Run, seal: Seal) -> dict[int, bool]:
+    """By position, whether a row's request has an image; nothing where the requests are gone."""
+    rejected = {rejection.position for rejection in seal.rejected}
+    positions = [position for position in range(seal.start, seal.end) if position not in rejected]
+    path = run.requests_path(seal.shard)
+    if run.manifest.options.get("input_format") == "batch" or not path.exists():
+        return {}
+    with open_read(str(path)) as stream:
+        return dict(zip(positions, map(has_image, stream), strict=False))
 
 
 def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:
-    shard = load(run, seal)
+    shard = load(run, seal, outputs.album.keep)
     for outcome, row in zip(shard.outcomes, _rows(run, seal), strict=True):
         outputs.add(row, outcome)
     outputs.add_strays(shard.unexpected, shard.unreadable)

@@ -43,6 +43,7 @@ class PrepareKeywords(TypedDict, total=False):
     image_field: tuple[str, ...] | None
     question_field: str
     id_fields: tuple[str, ...] | None
+    answer_field: str | None
     prompt_template: str | None
     system_prompt: str | None
     placeholders: bool
@@ -74,9 +75,10 @@ class PrepareOptions(BaseModel):
     """What `prepare` makes of the rows.
 
     `image_field` None means `image` where a row has it; with named ones `on_bad_image` decides on a row that has an
-    image in none of them. `id_fields` None means `id` where a row has it. `start`, `end` (exclusive) and `limit` select
-    rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound a
-    shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
+    image in none of them. `id_fields` None means `id` where a row has it. `answer_field` holds the right answer: it is
+    never sent, `evaluate` compares with it (None: `answer` where rows have it). `start`, `end` (exclusive) and `limit`
+    select rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound
+    a shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
     `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
     other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
     `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`. `placeholders`
@@ -93,6 +95,7 @@ class PrepareOptions(BaseModel):
     image_field: tuple[str, ...] | None = None
     question_field: str = "question"
     id_fields: tuple[str, ...] | None = None
+    answer_field: str | None = None
     prompt_template: str | None = None
     system_prompt: str | None = None
     placeholders: bool = True

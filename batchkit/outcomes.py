@@ -16,7 +16,7 @@ import xxhash
 from batchkit.answers import ParseError, Parser, parser
 from batchkit.errors import RunError
 from batchkit.jobs import OVER, TRIED, Attempt
-from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse
+from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, Verdict, choose, parse
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read
 
@@ -61,8 +61,9 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
     schema: dict[str, Any] | None = None
 
 
-def load(run: Run, seal: Seal) -> ShardOutcomes:
-    """Read what is known of a shard now. Raises `RunError` where its files are damaged."""
+def load(run: Run, seal: Seal, keep: Keep | None = None) -> ShardOutcomes:
+    """Read what is known of a shard now; `keep` as for `responses.parse`. Raises `RunError` where its files are
+    damaged."""
     ids = _read_ids(run, seal)
     rejections = {rejection.position - seal.start: rejection for rejection in seal.rejected}
     attempts = {attempt.number: attempt for attempt in run.job(seal.shard).attempts}
@@ -70,7 +71,7 @@ def load(run: Run, seal: Seal) -> ShardOutcomes:
     shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[], schema=schema)
     # A rejected row may bear the id of the row that it repeats: responses belong to the row that was sent.
     index_of = {custom_id: index for index, custom_id in enumerate(ids) if index not in rejections}
-    candidates = _read_responses(run, shard, attempts, index_of)
+    candidates = _read_responses(run, shard, attempts, index_of, keep)
     last, over = _attempts_of_rows(list(attempts.values()), seal)
     shard.outcomes = [
         _rejected(rejections[index])
@@ -110,7 +111,7 @@ def damaged(path: Path, what: str) -> RunError:
 
 
 def _read_responses(
-    run: Run, shard: ShardOutcomes, attempts: dict[int, Attempt], index_of: dict[str, int]
+    run: Run, shard: ShardOutcomes, attempts: dict[int, Attempt], index_of: dict[str, int], keep: Keep | None
 ) -> list[list[tuple[int, Response]] | None]:
     """For each row its (attempt, response) pairs in the order of the files; lines of no row go into `shard`."""
     candidates: list[list[tuple[int, Response]] | None] = [None] * len(shard.ids)
@@ -118,7 +119,7 @@ def _read_responses(
         still_written = number not in attempts or attempts[number].state not in OVER
         for line in _lines(path):
             try:
-                response = parse(line)
+                response = parse(line, keep)
             except UnreadableLine:
                 if line.endswith(b"\n") or not still_written:  # else: half of a line that is being written
                     shard.unreadable.append(line.removesuffix(b"\n"))

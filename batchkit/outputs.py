@@ -1,29 +1,37 @@
 """The files that a merge writes: results, rows to retry, lines that belong nowhere, the summary. All of them whole.
 
-They lie beside each other: `summary.json`, `retry.jsonl` and `unexpected.jsonl` beside `results.jsonl`; beside a file
-of another name, `NAME.summary.json` and so on.
+They lie beside each other: `summary.json`, `retry.jsonl`, `unexpected.jsonl` and `output_images/` beside
+`results.jsonl`; beside a file of another name, `NAME.summary.json` and so on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Protocol, Self
 
 import msgspec
 
+from batchkit.albums import Album
 from batchkit.billing import Billing
 from batchkit.errors import StorageError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.results import ResultEncoder
-from batchkit.storage import COMPRESSED, is_remote, write_whole
+from batchkit.result_tables import check_parquet, write_table
+from batchkit.results import Result
+from batchkit.storage import COMPRESSED, is_remote, write_compressed, write_whole
 from batchkit.summaries import Summary, Tally
 
-FORMATS = (".jsonl", ".ndjson", ".json")
+LINES = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".parquet")
+
+
+class Encoder(Protocol):
+    """Makes the line of a result: `ResultEncoder`, or `FlatEncoder`."""
+
+    def encode(self, row: bytes, outcome: Outcome, images: Sequence[str] = ()) -> Result: ...
 
 
 class Places(NamedTuple):
@@ -31,17 +39,22 @@ class Places(NamedTuple):
     summary: Path
     retry: Path
     unexpected: Path
+    images: Path
 
 
 def places(output: str | Path, retry_file: str | Path | None, *, never: Iterable[Path] = ()) -> Places:
     """Where the files of a merge go. Raises `UsageError` for formats we do not write, and for files in `never`:
     what the merge reads."""
-    results = _target(output)
+    results = _target(output, (*LINES, *TABLES))
     name = _bare(results.name)
     stem = "" if name == "results" else f"{name}."
-    retry = _target(retry_file) if retry_file is not None else results.with_name(f"{stem}retry.jsonl")
+    retry = _target(retry_file, LINES) if retry_file is not None else results.with_name(f"{stem}retry.jsonl")
     chosen = Places(
-        results, results.with_name(f"{stem}summary.json"), retry, results.with_name(f"{stem}unexpected.jsonl")
+        results,
+        results.with_name(f"{stem}summary.json"),
+        retry,
+        results.with_name(f"{stem}unexpected.jsonl"),
+        results.with_name(f"{stem}output_images"),
     )
     if len({path.resolve() for path in chosen}) < len(chosen):
         raise UsageError(f"{retry}: two of the files to write have this name", hint="name another --retry-file")
@@ -52,22 +65,33 @@ def places(output: str | Path, retry_file: str | Path | None, *, never: Iterable
     return chosen
 
 
-def _target(uri: str | Path) -> Path:
+def _target(uri: str | Path, formats: tuple[str, ...]) -> Path:
     if is_remote(str(uri)):
         raise UsageError(f"{uri}: results go to local files in this version", hint="-o results.jsonl")
     path = Path(str(uri).removeprefix("file://")).expanduser()
     bare = path.name
     for ending in COMPRESSED:
         bare = bare.removesuffix(ending)
-    if not bare.endswith(FORMATS):
-        raise UsageError(f"{path}: results are written as JSONL in this version", hint="-o results.jsonl, or .jsonl.gz")
+    if not bare.endswith(formats):
+        raise UsageError(
+            f"{path}: the name says no format that is written here: {', '.join(formats)}",
+            hint="-o results.jsonl, results.csv or results.parquet; .jsonl.gz and .csv.gz are compressed",
+        )
+    if bare.endswith(".parquet"):
+        if bare != path.name:
+            raise UsageError(f"{path}: Parquet is compressed inside", hint="-o results.parquet")
+        check_parquet()
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise UsageError(f"{path}: is not a file", hint="-o results.jsonl")
     return path
 
 
+def _compression(path: Path) -> str:
+    return path.suffix if path.suffix in COMPRESSED else ""
+
+
 def _bare(name: str) -> str:
-    for ending in (*COMPRESSED, *FORMATS):
+    for ending in (*COMPRESSED, *LINES, *TABLES):
         name = name.removesuffix(ending)
     return name
 
@@ -76,8 +100,9 @@ class Outputs:
     """Takes rows with their outcomes in row order. As a context manager: the files get their names only where the
     block ends well, the results last."""
 
-    def __init__(self, to: Places, encoder: ResultEncoder, billing: Billing | None = None) -> None:
+    def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None) -> None:
         self.tally = Tally()
+        self.album = Album(to.images)
         self._billing = billing
         self._to = to
         self._encoder = encoder
@@ -90,8 +115,12 @@ class Outputs:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
                 raise StorageError(f"{path.parent}: cannot be made: {exc.strerror or exc}") from exc
-        self._results = self._stack.enter_context(_open_write(self._to.results))
-        self._retry = self._stack.enter_context(_open_write(self._to.retry))
+        is_table = self._to.results.name.removesuffix(_compression(self._to.results)).endswith(TABLES)
+        self._results: Any = self._stack.enter_context(
+            (write_table if is_table else write_compressed)(self._to.results)
+        )
+        self._retry = self._stack.enter_context(write_compressed(self._to.retry))
+        self._stack.enter_context(self.album.opened())
         return self
 
     def __exit__(
@@ -120,11 +149,13 @@ class Outputs:
 
     def add(self, row: bytes, outcome: Outcome) -> None:
         """Write the result of `row`, which is the row's line without its line feed."""
-        result = self._encoder.encode(row, outcome)
+        response = outcome.response
+        names = self.album.place(self.tally.rows, response.images) if response is not None and response.images else ()
+        result = self._encoder.encode(row, outcome, names)
         self._results.write(result.line)
         self.tally.add(outcome, result.verdict, result.error)
-        if self._billing is not None and outcome.response is not None and outcome.reused_from is None:
-            self._billing.add(outcome.response, outcome.backend)
+        if self._billing is not None and response is not None and outcome.reused_from is None:
+            self._billing.add(response, outcome.backend)
         if result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
             self._retry.write(row + b"\n")
 
@@ -154,38 +185,3 @@ class Outputs:
         with write_whole(self._to.summary) as stream:
             stream.write(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
         return summary
-
-
-@contextlib.contextmanager
-def _open_write(path: Path) -> Iterator[IO[bytes]]:
-    """Like `write_whole`, compressed as the name says. The same content gives the same bytes."""
-    with write_whole(path) as stream:
-        compressed = _compressed(path.suffix, stream)
-        if compressed is None:
-            yield stream
-            return
-        with contextlib.closing(compressed):
-            yield compressed
-
-
-def _compressed(ending: str, stream: IO[bytes]) -> Any:
-    if ending == ".gz":
-        import gzip
-
-        return gzip.GzipFile("", "wb", 6, stream, mtime=0)
-    if ending == ".bz2":
-        import bz2
-
-        return bz2.BZ2File(stream, "wb")
-    if ending == ".xz":
-        import lzma
-
-        return lzma.LZMAFile(stream, "wb")
-    if ending == ".zst":
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd  # what smart_open reads them with
-
-        return zstd.ZstdFile(stream, "wb")
-    return None

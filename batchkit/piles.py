@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from batchkit.errors import InputError, RowError, UsageError
+from batchkit.flat import FlatEncoder, FlatFields
 from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
-from batchkit.outputs import Outputs, Places, places
+from batchkit.outputs import Encoder, Outputs, Places, places
 from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, gist, parse
 from batchkit.results import ResultEncoder
@@ -65,6 +66,7 @@ def merge_pile(
     id_separator: str = "|",
     parse: str | None = None,
     prefix: str = "",
+    flat: bool = False,
     retry_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -77,7 +79,10 @@ def merge_pile(
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
     source = open_source(tasks)
-    encoder = ResultEncoder(parse=parse or "text", prefix=prefix)
+    parse = parse or "text"
+    encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix)
+    if flat:
+        encoder = FlatEncoder(parse, FlatFields(ids=None), custom_ids=True)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
     places(output, retry_file, never=[Path(name) for name in (str(tasks), *files) if not is_remote(name)])
@@ -208,7 +213,7 @@ def _join(ids: Iterable[_Id], lines: Iterable[bytes], tasks: str, outputs: Outpu
     found: dict[str, dict[bytes, Response]] = {}
     for line in lines:
         try:
-            response = parse(line)
+            response = parse(line, outputs.album.keep)
         except UnreadableLine:
             outputs.add_strays((), [line])
             continue

@@ -56,6 +56,7 @@ def run(
     output: str | Path | None = None,
     parse: str | None = None,
     prefix: str = "",
+    flat: bool = False,
     retry_file: str | Path | None = None,
     show: Show = lambda stage: Silent(),  # noqa: ARG005  # the same for each stage
     prepared: Callable[[Report], object] = lambda report: None,  # noqa: ARG005  # nobody wants to know
@@ -79,7 +80,8 @@ def run(
     with show("prepare") as progress:
         report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)
     prepared(report)
-    check_names(report.names_in_use, prefix)
+    if not flat:
+        check_names(report.names_in_use, prefix)
     with show("submit") as progress, _kept() as kept:
         submitted(
             submit(
@@ -112,7 +114,9 @@ def run(
     if kept and not Run.open(run).was_sent():
         raise kept[0]
     with show("merge") as progress:
-        summary = merge(run, output=output, parse=parse, prefix=prefix, retry_file=retry_file, progress=progress)
+        summary = merge(
+            run, output=output, parse=parse, prefix=prefix, flat=flat, retry_file=retry_file, progress=progress
+        )
     if kept:
         raise kept[0]
     return summary

@@ -22,13 +22,16 @@ classify, pooling, moderations, transcriptions. Anything else is `failed`, and s
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
+import xxhash
 
 from batchkit import bodies, faults
+from batchkit.generated import Generated, Inline
 
 
 class Verdict(StrEnum):
@@ -59,7 +62,8 @@ class Response(msgspec.Struct, frozen=True, gc=False):
     `answer` is the first choice's text; for embeddings a vector or a list of vectors, for scores a number or a list of
     them, else the JSON value; None where there is none. `message` is the error or the reason of a refusal.
     `passing`: the same request may succeed if it is sent again. `engine_died`: the line says no more than that the
-    engine ended before it came to this request.
+    engine ended before it came to this request. `images` are those that the model made, which are not in `answer`;
+    `segments` as in `generated.Said`.
     """
 
     custom_id: str
@@ -72,11 +76,18 @@ class Response(msgspec.Struct, frozen=True, gc=False):
     code: str | int | None = None
     passing: bool = False
     engine_died: bool = False
+    images: tuple[Generated, ...] = ()
+    segments: int | None = None
+
+
+Keep = Callable[[Inline], str]
+"""Puts the bytes of an image aside, and returns the name by which they are found again."""
 
 
 class _Message(msgspec.Struct, gc=False):
     content: str
     refusal: str | None = None
+    images: Any = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -106,21 +117,26 @@ _decode_any = msgspec.json.Decoder().decode
 UNKNOWN = "a response of unknown shape"
 
 
-def parse(line: bytes) -> Response:
-    """Judge one line. Raises `UnreadableLine` where it is no JSON object with a `custom_id`; nothing else."""
+def parse(line: bytes, keep: Keep | None = None) -> Response:
+    """Judge one line. Raises `UnreadableLine` where it is no JSON object with a `custom_id`; nothing else.
+
+    `keep` takes the images that a model made: without it they are only told apart, so that no response is large.
+    """
     try:
         common = _decode_common(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _parse_any(line)
+        return _parse_any(line, keep)
     body = common.response.body
     if common.response.status_code == 200 and body.choices:
         choice = body.choices[0]
-        if choice.finish_reason == "stop" and not choice.message.refusal and choice.message.content:
-            return Response(common.custom_id, Verdict.ANSWERED, choice.message.content, "stop", body.usage, body.model)
-    return _parse_any(line)
+        message = choice.message
+        plain = message.content and not message.refusal and not message.images and "data:image/" not in message.content
+        if choice.finish_reason == "stop" and plain:
+            return Response(common.custom_id, Verdict.ANSWERED, message.content, "stop", body.usage, body.model)
+    return _parse_any(line, keep)
 
 
-def _parse_any(line: bytes) -> Response:
+def _parse_any(line: bytes, keep: Keep | None) -> Response:
     fields = decode(line)
     if not isinstance(fields, dict):
         raise UnreadableLine("not a JSON object")
@@ -139,12 +155,12 @@ def _parse_any(line: bytes) -> Response:
         if status is None and not (error is None or error == {}):
             return _failure(custom_id, None, error, body)
         if status is None or 200 <= status < 300:
-            return _success(custom_id, body, error)
+            return _success(custom_id, body, error, keep)
         return _failure(custom_id, status, error, body)
     return _failure(custom_id, None, error, returned)
 
 
-def _success(custom_id: str, body: Any, error: Any) -> Response:
+def _success(custom_id: str, body: Any, error: Any, keep: Keep | None) -> Response:
     found = bodies.read(body)
     if found.kind == "none":
         fault = faults.read(None, error, body)
@@ -167,7 +183,16 @@ def _success(custom_id: str, body: Any, error: Any) -> Response:
         usage=found.usage,
         model=found.model,
         message=found.message,
+        images=tuple(_generated(image, keep) for image in found.images),
+        segments=found.segments,
     )
+
+
+def _generated(image: Inline, keep: Keep | None) -> Generated:
+    digest = xxhash.xxh3_128_hexdigest(image.text.encode("utf-8", "surrogatepass"))
+    if image.link:
+        return Generated(digest, link=image.text)
+    return Generated(digest, kept=keep(image) if keep is not None else None)
 
 
 def _failure(custom_id: str, status: int | None, error: Any, body: Any) -> Response:
@@ -249,5 +274,7 @@ def choose(candidates: list[tuple[int, Response]]) -> Chosen:
 
 
 def gist(response: Response) -> bytes:
-    """Equal for answers that say the same; their usage and ids may differ."""
-    return blake2b(_encode_sorted((response.verdict, response.answer, response.message)), digest_size=16).digest()
+    """Equal for answers that say and show the same; their usage and ids may differ."""
+    shown = [image.digest for image in response.images]
+    said = (response.verdict, response.answer, response.message, shown)
+    return blake2b(_encode_sorted(said), digest_size=16).digest()

@@ -5,7 +5,8 @@ Rows are not parsed and dumped again: numbers, escapes and the order of keys sta
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -31,6 +32,8 @@ class _Note(msgspec.Struct, gc=False):
     backend: str | None
     attempt: int | None
     reused_from: str | msgspec.UnsetType = msgspec.UNSET
+    output_images: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
+    text_segments: int | msgspec.UnsetType = msgspec.UNSET
     conflicts: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
     line: str | msgspec.UnsetType = msgspec.UNSET
 
@@ -41,6 +44,15 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     line: bytes
     verdict: Verdict
     error: str | None
+
+
+class Judged(NamedTuple):
+    """What became of a row once its answer is parsed."""
+
+    verdict: Verdict
+    error: str | None
+    raw: Any
+    parsed: Any
 
 
 class ResultEncoder:
@@ -71,8 +83,7 @@ class ResultEncoder:
         if self._spec == "json":
             self._parse = parser("json", schema)
 
-    def encode(self, row: bytes, outcome: Outcome) -> Result:
-        """The result of one row. Only rejected rows may be anything but a JSON object."""
+    def judge(self, outcome: Outcome) -> Judged:
         verdict, error, response = outcome.verdict, outcome.message, outcome.response
         raw = parsed = None
         if response is not None and verdict in _KEEPS_ANSWER:
@@ -83,7 +94,18 @@ class ResultEncoder:
                 except ParseError as exc:
                     if verdict is _ANSWERED:
                         verdict, error = _INVALID, str(exc)
+        return Judged(verdict, error, raw, parsed)
+
+    def encode(self, row: bytes, outcome: Outcome, images: Sequence[str] = ()) -> Result:
+        """The result of one row. Only rejected rows may be anything but a JSON object. `images` are the files of those
+        that the model made."""
+        verdict, error, raw, parsed = self.judge(outcome)
+        response = outcome.response
         note = _note(outcome, verdict, response)
+        if images:
+            note.output_images = images
+            if response is not None and response.segments is not None:
+                note.text_segments = response.segments
         body = row.strip()
         is_object = body[:1] == b"{" and body[-1:] == b"}" and (verdict is not _REJECTED or _is_object(body))
         if is_object:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -132,6 +133,41 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     finally:
         with contextlib.suppress(OSError):  # a disk that is read-only now must not hide the reason
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_compressed(path: Path) -> Iterator[IO[bytes]]:
+    """Like `write_whole`, compressed as the name says. The same content gives the same bytes."""
+    with write_whole(path) as stream:
+        compressed = _compressed(path.suffix, stream)
+        if compressed is None:
+            yield stream
+            return
+        with contextlib.closing(compressed):
+            yield compressed
+
+
+def _compressed(ending: str, stream: IO[bytes]) -> Any:
+    if ending == ".gz":
+        import gzip
+
+        return gzip.GzipFile("", "wb", 6, stream, mtime=0)
+    if ending == ".bz2":
+        import bz2
+
+        return bz2.BZ2File(stream, "wb")
+    if ending == ".xz":
+        import lzma
+
+        return lzma.LZMAFile(stream, "wb")
+    if ending == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd  # what smart_open reads them with
+
+        return zstd.ZstdFile(stream, "wb")
+    return None
 
 
 def _disk_hint(exc: OSError) -> str | None:

@@ -134,7 +134,7 @@ class Tally:
             self._tokens[2] += total if isinstance(total, int) else prompt + completion
 
     def _add_error(self, outcome: Outcome, verdict: Verdict, error: str) -> None:
-        group = (verdict, str(outcome.code) if verdict is Verdict.REJECTED and outcome.code else _shape(error))
+        group = (verdict, str(outcome.code) if verdict is Verdict.REJECTED and outcome.code else shape(error))
         known = self._errors.get(group)
         if known is not None:
             known.count += 1
@@ -190,7 +190,8 @@ class Tally:
 _DIGITS = re.compile(r"\d+")
 
 
-def _shape(message: str) -> str:
+def shape(message: str) -> str:
+    """What errors of one kind have in common: the message without its numbers."""
     return _DIGITS.sub("#", message[:300])
 
 

@@ -68,7 +68,7 @@ def test_a_mistake_is_one_error_a_blank_line_and_a_hint(tmp_path: Path) -> None:
         (["merge", "RUN", "--id-fields", "x"], "RUN goes without --tasks"),
         (["merge", "MADE", "--prefix", '"'], "--prefix '\"'"),
         (["run", "TASKS", "RUN", "--model", "m", "--parse", "nonsense"], "--parse 'nonsense' is not known"),
-        (["run", "TASKS", "RUN", "--model", "m", "-o", "results.csv"], "results are written as JSONL"),
+        (["run", "TASKS", "RUN", "--model", "m", "-o", "results.xlsx"], "the name says no format"),
         (["prepare", "TASKS", "RUN", "--model", "m", "--extra-body", '{"a": NaN}'], "--extra-body is not valid JSON"),
         (["prepare", "TASKS", "RUN", "--model", "m", "--extra-body", r'{"a": "\ud800"}'], "--extra-body is not valid"),
         (

@@ -764,9 +764,10 @@ def test_what_is_no_text_is_kept_as_a_content_part() -> None:
     assert parse(gemini_responses.translate(raw)).answer == parse(raw).answer == "here"
 
 
-def test_an_image_alone_is_no_text() -> None:
+def test_an_image_alone_is_an_answer_with_an_empty_text() -> None:
     raw = result({"candidates": [candidate({"inlineData": {"mimeType": "image/png", "data": PNG}})]})
-    assert parse(gemini_responses.translate(raw)).verdict is parse(raw).verdict is Verdict.FAILED
+    for response in (parse(gemini_responses.translate(raw)), parse(raw)):
+        assert (response.verdict, response.answer, len(response.images)) == (Verdict.ANSWERED, "", 1)
 
 
 def test_log_probabilities_are_openai_s() -> None:
