@@ -167,10 +167,12 @@ def _refuse_other(run: Run, new: Manifest) -> None:
     was = {**old.options, "model": old.model, "backend": old.backend, "TASKS": old.input.uri}
     now_is = {**new.options, "model": new.model, "backend": new.backend, "TASKS": new.input.uri}
     for name, value in now_is.items():
-        if was.get(name) != value:
+        # A run of a batchkit that had no such option yet was prepared with what is its default now.
+        before = was[name] if name in was else _default(name)
+        if before != value:
             flag = name if name == "TASKS" else "--" + name.replace("_", "-")
             raise RunError(
-                f"the run was prepared with {flag} {_shown(was.get(name))}, now it is {_shown(value)}",
+                f"the run was prepared with {flag} {_shown(before)}, now it is {_shown(value)}",
                 hint=hint,
             )
     if old.input.bytes != new.input.bytes:
@@ -178,6 +180,11 @@ def _refuse_other(run: Run, new: Manifest) -> None:
             f"{new.input.uri}: had {old.input.bytes:,} bytes when the run was prepared, now it has {new.input.bytes:,}",
             hint="prepare the changed file into a new run directory",
         )
+
+
+def _default(name: str) -> object:
+    kept = PrepareOptions(model="m").model_dump(mode="json")
+    return kept.get(name)
 
 
 def _shown(value: object) -> str:
