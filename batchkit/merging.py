@@ -16,10 +16,11 @@ from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
-from batchkit.outputs import Outputs, Places, places
+from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
+from batchkit.s3 import is_s3
 from batchkit.storage import is_remote, open_read
 from batchkit.summaries import Summary
 
@@ -80,7 +81,7 @@ def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> No
 
 def _rows(run: Run, seal: Seal) -> Iterator[bytes]:
     """The shard's rows. Raises `RunError`, behind the last one at the latest, where they are not what prepare wrote."""
-    path = run.rows_path(seal.shard)
+    path = run.fetch(run.rows_path(seal.shard))
     digest = xxhash.xxh3_128()
     try:
         with open_read(str(path)) as stream:
@@ -108,4 +109,4 @@ def _read_by_merge(run: Run) -> list[Path]:
     read = [run.path / name for name in ("rows", "requests", "jobs", "responses", "engine", "leases")]
     read += [run.path / name for name in ("manifest.json", "prepared.json")]
     uri = run.manifest.input.uri
-    return read if is_remote(uri) else [*read, Path(uri.removeprefix("file://")).expanduser()]
+    return read if is_remote(uri) and not is_s3(uri) else [*read, place_of(uri)]

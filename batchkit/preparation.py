@@ -12,6 +12,7 @@ from typing import Unpack
 
 import batchkit
 from batchkit import options as prepare_options
+from batchkit import remotes
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.options import PrepareKeywords, PrepareOptions
@@ -20,7 +21,7 @@ from batchkit.progress import Progress, Silent
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
-from batchkit.storage import check_rereadable, is_remote
+from batchkit.storage import check_rereadable, is_remote, shown
 from batchkit.tallies import Report, Tally
 from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
 from batchkit.workers import convert_all
@@ -49,12 +50,14 @@ def prepare(
     target = Run.create(run, manifest)
     with target.lease("prepare"):
         _refuse_other(target, manifest)
-        if target.manifest.input.modified != manifest.input.modified and not rows_unchanged(target, uri):
+        if target.manifest.input != manifest.input and not rows_unchanged(target, uri):
             raise RunError(
-                f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
+                f"{target.name}: prepared from {shown(uri)} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
-        return _judged(_prepare_rest(target, options, workers, strict, progress or Silent()), options)
+        progress = progress or Silent()
+        report = _prepare_rest(target, uri, options, workers=workers, strict=strict, progress=progress)
+        return _judged(report, options)
 
 
 def plan(
@@ -97,9 +100,10 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[str, PrepareO
     """The input's absolute URI and the checked options, with the input format decided."""
     uri = str(tasks)
     if is_remote(uri):
-        raise InputError(f"{uri}: a task file must be local in this version", hint="download it first")
-    uri = str(Path(uri).expanduser().absolute())
-    check_rereadable(uri)
+        remotes.look(uri)  # for its errors, which say more than those of opening it
+    else:
+        uri = str(Path(uri).expanduser().absolute())
+        check_rereadable(uri)
     first = first_row(uri)
     if first is None:
         raise InputError(f"{uri}: has no rows", hint="check the path: the file is empty")
@@ -131,21 +135,30 @@ def _refuse_conversion(keywords: PrepareKeywords) -> None:
 
 
 def _manifest(uri: str, options: PrepareOptions) -> Manifest:
-    stat = Path(uri).stat()
     kept = options.model_dump(mode="json", exclude={"model", "backend"})
     kept["image_root"] = _image_root(uri, options)
     return Manifest(
         format=FORMAT,
         batchkit=batchkit.__version__,
         created=now(),
-        input=Input(uri=uri, bytes=stat.st_size, modified=stat.st_mtime_ns),
+        input=_input(uri),
         model=options.model,
         backend=options.backend,
         options=kept,
     )
 
 
+def _input(uri: str) -> Input:
+    if is_remote(uri):
+        now_is = remotes.look(uri)
+        return Input(uri=shown(uri), bytes=now_is.bytes, modified=now_is.modified, etag=now_is.etag)
+    stat = Path(uri).stat()
+    return Input(uri=uri, bytes=stat.st_size, modified=stat.st_mtime_ns)
+
+
 def _image_root(uri: str, options: PrepareOptions) -> str:
+    if options.image_root is None and is_remote(uri):
+        return shown(uri).rpartition("/")[0]
     root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else Path(uri).parent
     if not root.is_dir():
         raise InputError(f"{root}: no such directory", hint="check --image-root")
@@ -157,7 +170,7 @@ def _refuse_other(run: Run, new: Manifest) -> None:
     old = run.manifest
     hint = "prepare into a new run directory, or repeat the options as they were"
     if not run.was_sent():
-        hint = f"nothing of it was sent: rm -r {shlex.quote(str(run.path))} and prepare again; or name a new directory"
+        hint = f"nothing of it was sent: {_removal(run)} and prepare again; or name a new directory"
     was = {**old.options, "model": old.model, "backend": old.backend, "TASKS": old.input.uri}
     now_is = {**new.options, "model": new.model, "backend": new.backend, "TASKS": new.input.uri}
     for name, value in now_is.items():
@@ -174,15 +187,22 @@ def _refuse_other(run: Run, new: Manifest) -> None:
         )
 
 
+def _removal(run: Run) -> str:
+    """The command that removes a run."""
+    command = "aws s3 rm --recursive" if is_remote(run.name) else "rm -r"
+    return f"{command} {shlex.quote(run.name)}"
+
+
 def _shown(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict: bool, progress: Progress) -> Report:
+def _prepare_rest(
+    run: Run, uri: str, options: PrepareOptions, *, workers: int | None, strict: bool, progress: Progress
+) -> Report:
     """Go on behind the last sealed shard, up to the seal of the preparation."""
     tally = Tally()
-    uri = run.manifest.input.uri
     place, shards = FILE_START, 0
     seen = IdsSeen()
     for seal in intact_seals(run):
