@@ -21,9 +21,10 @@ PART_SECONDS = 10.0
 
 
 class _Growing(msgspec.Struct):
-    """`sent` bytes of the file are in the bucket, in the objects `parts`."""
+    """`sent` bytes of the file are in the bucket, in the objects `parts`. While `paused` no more are sent."""
 
     path: Path
+    paused: bool = False
     sent: int = 0
     parts: list[str] = []
 
@@ -54,6 +55,12 @@ class Growth:
     def has(self, name: str) -> bool:
         return name in self._files
 
+    def pause(self, name: str) -> None:
+        """Send no more parts of it for now: it is sent whole. If that fails, it is still known what there is."""
+        with self._lock:
+            if name in self._files:
+                self._files[name].paused = True
+
     def stop(self, name: str) -> list[str]:
         """Send no more of it; returns the parts that are in the bucket."""
         with self._lock:
@@ -76,7 +83,7 @@ class Growth:
 
     def _send(self, name: str) -> None:
         growing = self._files.get(name)
-        if growing is None:
+        if growing is None or growing.paused:
             return
         with open(growing.path, "rb") as stream:
             stream.seek(growing.sent)

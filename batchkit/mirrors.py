@@ -1,10 +1,10 @@
 """Working copies of runs in a bucket: a local folder, of which every file that matters is in the bucket as well.
 
-The bucket is the truth. What is written goes there before it gets its name here, so that a file here is never ahead;
-only responses get their name here first, for they are paid for: what a PUT that failed has left here is put when its
-shard is next worked on. What others have written comes here when the run is opened (manifest, seals, jobs: all that is
-small), or when it is read (rows, requests, responses). A job is replaced only on the condition that it is the one that
-was read: of two processes that both believe in their lease, one is told.
+The bucket is the truth. What is written goes there before it gets its name here, so that a file here is never ahead.
+Only responses stay here whatever becomes of their PUT, for they are paid for: what one that failed has left is put when
+the shard is next worked on. What others have written comes here when the run is opened (manifest, seals, jobs: all
+that is small), or when it is read (rows, requests, responses). A job is replaced only on the condition that it is the
+one that was read: of two processes that both believe in their lease, one is told.
 
 `engine/`, `servers/`, `uploads/` and `downloads/` are of the machine, and stay here.
 """
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from batchkit import s3, storage
-from batchkit.errors import RunBusyError, StorageError
+from batchkit.errors import BatchkitError, RunBusyError, StorageError
 from batchkit.growth import PART, Growth
 from batchkit.ledgers import FILE, Ledger
 from batchkit.listings import Listing
@@ -113,7 +113,8 @@ class Mirror:
         self._take_over(known, objects)
         self.fetch_responses(shard)
         for path in (self.root / "responses").glob(f"{shard}.*.jsonl"):
-            if self._listing.get(self._name(path)) is None and not self._growth.has(self._name(path)):
+            # Not there, or there with less than here: what this machine had when it was stopped.
+            if self._ledger.etag(self._name(path)) is None and not self._growth.has(self._name(path)):
                 self.settle(path)
 
     def fetch(self, path: Path) -> None:
@@ -135,6 +136,13 @@ class Mirror:
                 parts.setdefault(whole, []).append(piece)
         for name, pieces in parts.items():
             self._join(name, pieces)
+
+    def leave(self, path: Path) -> None:
+        """Have it in the bucket alone: it is not needed here for now."""
+        name = self._name(path)
+        found = self._listing.get(name)
+        if found is not None:
+            self._drop(name, found.etag)
 
     def bytes_of(self, path: Path) -> int | None:
         """The size of a file in the bucket; None where it is not there."""
@@ -197,21 +205,21 @@ class Mirror:
             os.replace(aside, target)
             return
         self.tenure.check()
-        if name.startswith("responses/"):
-            os.replace(aside, target)
-            self.settle(target)
-            return
-        etag = self._put(name, aside)
+        try:
+            etag = self._put(name, aside)
+        except BatchkitError:
+            if name.startswith("responses/"):
+                os.replace(aside, target)
+            raise
         with self._ledger.recording(name, etag):
             os.replace(aside, target)
         self._listing.add(Found(name, etag, target.stat().st_size))
+        self._remove_parts(name)
 
     def remove(self, target: Path) -> None:
         self.tenure.check()
         name = self._name(target)
-        self._growth.stop(name)
-        for part in self._parts(name):
-            s3.delete(self._where(part))
+        self._remove_parts(name)
         s3.delete(self._where(name))
         with self._ledger.recording(name, None):
             target.unlink(missing_ok=True)
@@ -223,16 +231,14 @@ class Mirror:
     def settle(self, target: Path) -> None:
         self.tenure.check()
         name = self._name(target)
-        parts = self._growth.stop(name)
         if not target.exists():
             return
+        self._growth.pause(name)
         etag = s3.put_file(self._where(name), target)
         with self._ledger.recording(name, etag):
             pass
-        for part in {*parts, *self._parts(name)}:
-            s3.delete(self._where(part))
-            self._listing.remove(part)
         self._listing.add(Found(name, etag, target.stat().st_size))
+        self._remove_parts(name)
 
     def _put(self, name: str, aside: Path) -> str:
         """Jobs and the manifest go only where nobody else has written meanwhile."""
@@ -253,9 +259,14 @@ class Mirror:
 
     # -- names -------------------------------------------------------------------------------------------------------
 
-    def _parts(self, name: str) -> list[str]:
-        shard = name.removeprefix("responses/").partition(".")[0]
-        return [known for known in self._listing.responses(shard) if known.startswith(name + PART)]
+    def _remove_parts(self, name: str) -> None:
+        """Of a file that is whole there now, or gone."""
+        if name.startswith("responses/"):
+            shard = name.removeprefix("responses/").partition(".")[0]
+            listed = [known for known in self._listing.responses(shard) if known.startswith(name + PART)]
+            for part in {*self._growth.stop(name), *listed}:
+                s3.delete(self._where(part))
+                self._listing.remove(part)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -281,7 +292,7 @@ class Mirror:
     def _drop(self, name: str, etag: str) -> None:
         """Remove a file that is not what is in the bucket, unless another process has just written it."""
         with contextlib.suppress(_OutrunError), self._ledger.recording(name, None) as now:
-            if now not in (etag, None):
+            if now != etag:
                 raise _OutrunError
             (self.root / name).unlink(missing_ok=True)
 

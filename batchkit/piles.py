@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from batchkit import remotes
 from batchkit.errors import InputError, RowError, UsageError
 from batchkit.outcomes import Outcome, conflict_message
-from batchkit.outputs import Outputs, Places, places
+from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, parse, same
 from batchkit.results import ResultEncoder
@@ -76,10 +77,12 @@ def merge_pile(
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
     check_rereadable(str(tasks))
+    for uri in filter(is_remote, map(str, (tasks, *responses))):
+        remotes.look(uri)  # for its errors, which say more than those of opening it
     encoder = ResultEncoder(parse=parse, prefix=prefix)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
-    places(output, retry_file, never=[Path(name) for name in (str(tasks), *files) if not is_remote(name)])
+    places(output, retry_file, never=[place_of(name) for name in (str(tasks), *files)])
     pile = _Pile(str(tasks), files, tuple(id_fields), id_separator)
     progress = progress or Silent()
     with Outputs(to, encoder) as outputs:

@@ -212,6 +212,11 @@ class Run:
             self._mirror.fetch(path)
         return path
 
+    def leave_requests(self, shard: int) -> None:
+        """Let go of the local copy of a shard's requests, where the run is in a bucket: they are its largest part."""
+        if self._mirror is not None:
+            self._mirror.leave(self.requests_path(shard))
+
     def bytes_of(self, path: Path) -> int | None:
         """The size of a file of the run, which need not be here; None where there is none."""
         if self._mirror is not None:

@@ -69,6 +69,7 @@ def client() -> Any:
             from botocore.config import Config
 
             config = Config(
+                signature_version="s3v4",
                 retries={"mode": "standard", "max_attempts": TRIES},
                 connect_timeout=10,
                 read_timeout=60,
