@@ -17,6 +17,7 @@ import pybase64
 
 from batchkit.errors import StorageError
 from batchkit.generated import Generated, Inline
+from batchkit.storage import follower_of
 
 MARK = ".made-by-batchkit"
 """A file in each such folder: only what has it is ever replaced."""
@@ -113,7 +114,20 @@ class Album:
         if self._aside is not None:
             shutil.rmtree(self._aside / _KEPT)
             os.replace(self._aside, self._folder)
+        self._tell(old)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _tell(self, old: Path) -> None:
+        """Where the folder is the local side of a bucket: make the other side equal to it."""
+        follower = follower_of(self._folder)
+        if follower is None:
+            return
+        now_there = {path.relative_to(self._folder) for path in self._folder.rglob("*") if path.is_file()}
+        for name in sorted(now_there):
+            follower.place(self._folder / name, self._folder / name)
+        for path in old.rglob("*"):
+            if path.is_file() and path.relative_to(old) not in now_there:
+                follower.remove(self._folder / path.relative_to(old))
 
     def _neighbour(self) -> Path:
         return self._folder.with_name(f".{self._folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

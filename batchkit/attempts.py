@@ -143,7 +143,7 @@ def order_of(run: Run, tracked: Tracked) -> Order:
     """What step 3 creates; also what a create that went astray is looked for by."""
     remote = tracked.remote
     labels = {
-        "batchkit_run": run.path.name[:SHOWN_LABEL],
+        "batchkit_run": Path(run.name).name[:SHOWN_LABEL],
         "batchkit_shard": str(tracked.seal.shard),
         "batchkit_attempt": str(tracked.attempt.number),
     }

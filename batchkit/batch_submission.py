@@ -154,6 +154,7 @@ def count(
     run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: int, retry: frozenset[Verdict] = frozenset()
 ) -> None:
     """Fill in how the shards stand now."""
+    run.refresh()
     report.remaining = report.unanswered = report.in_flight = 0
     for seal in seals:
         if not run.job_path(seal.shard).exists():

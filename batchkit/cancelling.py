@@ -75,9 +75,9 @@ def cancel(
 def _last_backend(run: Run) -> str:
     found = [name for name in targets.SERVICES if targets.last_remote(run, name) is not None]
     if not found:
-        raise UsageError(f"{run.path} was never sent to a batch service", hint="Ctrl-C ends a submit on local GPUs")
+        raise UsageError(f"{run.name} was never sent to a batch service", hint="Ctrl-C ends a submit on local GPUs")
     if len(found) > 1:
-        raise UsageError(f"{run.path} was sent to {' and '.join(found)}", hint="--backend names one")
+        raise UsageError(f"{run.name} was sent to {' and '.join(found)}", hint="--backend names one")
     return found[0]
 
 

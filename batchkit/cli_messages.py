@@ -11,11 +11,13 @@ from batchkit.errors import BatchkitError
 
 
 def tell_error(exc: BatchkitError) -> None:
-    click.echo(f"Error: {exc.message}", err=True)
+    from batchkit.storage import show
+
+    click.echo(f"Error: {show(exc.message)}", err=True)
     if exc.detail:
         click.echo("\n" + exc.detail, err=True)
     if exc.hint:
-        click.echo(f"\nhint: {exc.hint}", err=True)
+        click.echo(f"\nhint: {show(exc.hint)}", err=True)
 
 
 def tell_prepared(report: Any, *, plan_only: bool = False) -> None:

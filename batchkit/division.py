@@ -10,7 +10,7 @@ import msgspec
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.rounds import Key
 from batchkit.runs import Run, Seal
-from batchkit.storage import open_read, write_whole
+from batchkit.storage import grew, open_read, write_whole
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +61,7 @@ class Division:
             if places[part.shard]:
                 with open(self._path(part), "ab") as out:
                     out.writelines(line for line in _read(self._output, places[part.shard]))
+                grew(self._path(part))
         return sum(map(len, places.values()))
 
     def finish(self) -> Collected:

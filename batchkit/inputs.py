@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchkit import hf, jsonl, parquet, tables, vlmevalkit
+from batchkit import hf, jsonl, parquet, remotes, tables, vlmevalkit
 from batchkit.errors import InputError, RowError, UsageError
 from batchkit.options import InputFormat
-from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, spots_checksum
+from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, shown, spots_checksum
 from batchkit.tasks import BATCH_KEYS, DEFAULT_IMAGE_FIELD, FILE_START, Place, Row, parse_object
 
 PARQUET_START = b"PAR1"
@@ -84,16 +84,22 @@ class Source:
     @property
     def size(self) -> int:
         """Bytes."""
-        return self._opened.bytes if self.format == "hf" else Path(self.uri).stat().st_size
+        if self.format == "hf":
+            return self._opened.bytes
+        return self._version.bytes if is_remote(self.uri) else Path(self.uri).stat().st_size
 
     @property
     def modified(self) -> int | None:
         """When the file was written last, in ns; None for a dataset."""
-        return None if self.format == "hf" else Path(self.uri).stat().st_mtime_ns
+        if self.format == "hf":
+            return None
+        return self._version.modified if is_remote(self.uri) else Path(self.uri).stat().st_mtime_ns
 
     @property
-    def fingerprint(self) -> str:
-        """Tells inputs of one size apart, wherever they are."""
+    def fingerprint(self) -> str | None:
+        """Tells inputs of one size apart, wherever they are; None where nothing does."""
+        if self.format != "hf" and is_remote(self.uri):
+            return self._version.etag
         return self._opened.fingerprint if self.format == "hf" else spots_checksum(self.uri)
 
     def notes(self) -> list[str]:
@@ -112,6 +118,10 @@ class Source:
         return notes
 
     @functools.cached_property
+    def _version(self) -> remotes.Version:
+        return remotes.look(self.uri)
+
+    @functools.cached_property
     def _opened(self) -> hf.Opened:
         return hf.open_dataset(self.uri)
 
@@ -124,9 +134,10 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     uri = str(tasks)
     if not uri.startswith(hf.SCHEME):
         if is_remote(uri):
-            raise InputError(f"{uri}: a task file must be local in this version", hint="download it first")
-        uri = str(Path(uri).expanduser().absolute())
-        check_rereadable(uri)
+            remotes.look(uri)  # for its errors, which say more than those of opening it
+        else:
+            uri = str(Path(uri).expanduser().absolute())
+            check_rereadable(uri)
     elif wanted not in ("auto", "hf"):
         raise UsageError(f"{uri} is a Hugging Face dataset, not {wanted}", hint="leave --input-format out")
     source = Source(
@@ -144,13 +155,13 @@ def _guess(uri: str) -> InputFormat:
     """The format by the name, and by the first bytes where these leave no doubt."""
     if hf.is_dataset(uri):
         return "hf"
-    if Path(uri).is_dir():
+    if not is_remote(uri) and Path(uri).is_dir():
         raise InputError(f"{uri}: is a directory, not a file", hint="a dataset's folder is made by save_to_disk")
     with open_read(uri) as stream:
         start = stream.read(4096)
     if start.startswith(PARQUET_START):
         return "parquet"
-    name = uri
+    name = shown(uri)
     while name.endswith(COMPRESSED):
         name = name.rpartition(".")[0]
     by_name = ENDINGS.get(Path(name).suffix.lower(), "jsonl")

@@ -1,7 +1,7 @@
 """Leases: which process works on which part of a run. Two never work on one part.
 
 The locks are the operating system's, so a holder that died blocks nobody. Beside each lock lies a file that says who
-holds it.
+holds it. Of a run in a bucket the lock is that of the working copy, and a lease in the bucket keeps out other machines.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import msgspec
 
+from batchkit import mirrors
 from batchkit.errors import RunBusyError, StorageError
-from batchkit.storage import write_whole
+from batchkit.storage import shown, write_whole
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +45,7 @@ def hold(run: Path, name: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as exc:
         raise RunBusyError(
-            f"{run}: {_shown(name)} is held by {_holder(info)}",
+            f"{shown(run)}: {_shown(name)} is held by {_holder(info)}",
             hint="wait for it to end, or stop it; run this again then",
         ) from exc
     except OSError as exc:
@@ -58,10 +59,32 @@ def hold(run: Path, name: str) -> Iterator[None]:
         with write_whole(info) as stream:
             since = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
             stream.write(msgspec.json.encode(Holder(host=socket.gethostname(), pid=os.getpid(), since=since)) + b"\n")
-        yield
+        with _held_everywhere(run, name):
+            yield
     finally:
         info.unlink(missing_ok=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def _held_everywhere(run: Path, name: str) -> Iterator[None]:
+    """Keep out other machines, too, where the run is in a bucket; what they have written is here when the block begins.
+
+    Raises `RunBusyError`.
+    """
+    mirror = mirrors.of(run)
+    if mirror is None:
+        yield
+        return
+    mirror.tenure.take(name, _shown(name))
+    try:
+        if name.isdigit():
+            mirror.refresh_shard(name)
+        elif name == "prepare":
+            mirror.refresh()
+        yield
+    finally:
+        mirror.tenure.release(name)
 
 
 def _holder(info: Path) -> str:

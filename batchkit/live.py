@@ -28,7 +28,7 @@ from batchkit.reports import SubmitReport
 from batchkit.responses import ANSWERS, UnreadableLine, decode, parse
 from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.shardfiles import request_views
-from batchkit.storage import cut_torn_line, sync_folder
+from batchkit.storage import cut_torn_line, grew, settle, sync_folder
 from batchkit.work import Leases
 
 SYNC_SECONDS = 1.0
@@ -85,6 +85,7 @@ class _Open(msgspec.Struct):
         except OSError as exc:
             raise _not_written(self.stream.name, exc) from exc
         self.dirty = False
+        grew(Path(str(self.stream.name)))
 
 
 def _not_written(path: str | Path, exc: OSError) -> StorageError:
@@ -200,6 +201,7 @@ class Live:
     def _close(self, opened: _Open, state: str) -> None:
         opened.sync()
         opened.stream.close()
+        settle(Path(str(opened.stream.name)))
         _end(self._run, opened.seal.shard, opened.attempt.number, died=state == "died")
         del self._open[opened.seal.shard, opened.attempt.number]
         self._leases.release_all_but({shard for shard, _ in self._open} | self._queue.shards)
@@ -255,15 +257,20 @@ def recover(run: Run, seals: Mapping[int, Seal], backends: frozenset[str], lease
     """Close attempts whose batchkit has died; `leases` are taken for it, and let go. Returns how many there were."""
     count = 0
     for shard in seals:
-        stale = [
-            attempt
-            for attempt in run.job(shard).attempts
-            if attempt.backend in backends and attempt.state not in OVER and attempt.session is None
-        ]
-        if stale and leases.try_hold(shard):
-            for attempt in stale:
-                cut_torn_line(run.responses_path(shard, attempt.number))
+        if _stale(run, shard, backends) and leases.try_hold(shard):
+            for attempt in _stale(run, shard, backends):  # looked at again: it may have ended before we held the lease
+                path = run.responses_path(shard, attempt.number)
+                cut_torn_line(path)
+                settle(path)
                 _end(run, shard, attempt.number, died=True)
                 count += 1
             leases.release_all_but(())
     return count
+
+
+def _stale(run: Run, shard: int, backends: frozenset[str]) -> list[Attempt]:
+    return [
+        attempt
+        for attempt in run.job(shard).attempts
+        if attempt.backend in backends and attempt.state not in OVER and attempt.session is None
+    ]

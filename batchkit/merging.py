@@ -19,11 +19,12 @@ from batchkit.errors import InputError, UsageError
 from batchkit.flat import FlatEncoder, FlatFields, fields_of, has_image
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
-from batchkit.outputs import Outputs, Places, places
+from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.parts import Parts, open_all
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
+from batchkit.s3 import is_s3
 from batchkit.storage import is_remote, open_read
 from batchkit.summaries import Summary
 
@@ -119,7 +120,7 @@ def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> No
 
 def _rows(run: Run, seal: Seal) -> Iterator[bytes]:
     """The shard's rows. Raises `RunError`, behind the last one at the latest, where they are not what prepare wrote."""
-    path = run.rows_path(seal.shard)
+    path = run.fetch(run.rows_path(seal.shard))
     digest = xxhash.xxh3_128()
     try:
         with open_read(str(path)) as stream:
@@ -148,5 +149,5 @@ def _read_by_merge(runs: Sequence[Run]) -> Iterator[Path]:
         for name in ("rows", "requests", "jobs", "responses", "engine", "leases", "manifest.json", "prepared.json"):
             yield run.path / name
         uri = run.manifest.input.uri
-        if not is_remote(uri):
-            yield Path(uri.removeprefix("file://")).expanduser()
+        if not is_remote(uri) or is_s3(uri):
+            yield place_of(uri)

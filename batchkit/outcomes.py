@@ -96,7 +96,7 @@ def _superseded(
 
 
 def _read_ids(run: Run, seal: Seal) -> list[str]:
-    path = run.ids_path(seal.shard)
+    path = run.fetch(run.ids_path(seal.shard))
     try:
         checksum = xxhash.xxh3_128_hexdigest(path.read_bytes())
     except OSError as exc:

@@ -16,12 +16,14 @@ import msgspec
 
 from batchkit.albums import Album
 from batchkit.billing import Billing
+from batchkit.depots import local_side
 from batchkit.errors import StorageError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
 from batchkit.result_tables import check_parquet, write_table
 from batchkit.results import Result
-from batchkit.storage import COMPRESSED, is_remote, write_compressed, write_whole
+from batchkit.s3 import is_s3
+from batchkit.storage import COMPRESSED, is_remote, remove, shown, write_compressed, write_whole
 from batchkit.summaries import Summary, Tally
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -60,15 +62,21 @@ def places(output: str | Path, retry_file: str | Path | None, *, never: Iterable
         raise UsageError(f"{retry}: two of the files to write have this name", hint="name another --retry-file")
     for path in chosen:
         for read in never:
-            if path.resolve() == read.resolve() or read.resolve() in path.resolve().parents:
+            same = path.resolve() == read.resolve() or read.resolve() in path.resolve().parents
+            if same or f"{shown(path)}/".startswith(f"{shown(read)}/"):
                 raise UsageError(f"{path}: would overwrite what the merge reads", hint="name another file with -o")
     return chosen
 
 
+def place_of(uri: str | Path) -> Path:
+    """Where a file is written: for one in a bucket, the local side of it."""
+    return local_side(str(uri)) if is_s3(uri) else Path(str(uri).removeprefix("file://")).expanduser()
+
+
 def _target(uri: str | Path, formats: tuple[str, ...]) -> Path:
-    if is_remote(str(uri)):
-        raise UsageError(f"{uri}: results go to local files in this version", hint="-o results.jsonl")
-    path = Path(str(uri).removeprefix("file://")).expanduser()
+    if is_remote(str(uri)) and not is_s3(uri):
+        raise UsageError(f"{uri}: results go to local files, or to a bucket", hint="-o results.jsonl, or s3://…")
+    path = place_of(uri)
     bare = path.name
     for ending in COMPRESSED:
         bare = bare.removesuffix(ending)
@@ -132,7 +140,7 @@ class Outputs:
         with self._stack:
             self._flush()
         if self._unexpected is None:
-            self._to.unexpected.unlink(missing_ok=True)  # of an earlier merge
+            remove(self._to.unexpected)  # of an earlier merge
 
     def _flush(self) -> None:
         """Bring all files to the disk before the first gets its name: where one does not fit, none is replaced."""
@@ -177,9 +185,9 @@ class Outputs:
         """Write and return the summary. To be called behind the block; `known` is what `Tally.summary` takes."""
         summary = self.tally.summary(
             spent=self._billing.spent() if self._billing is not None else None,
-            output=str(self._to.results),
-            retry_file=str(self._to.retry),
-            unexpected_file=str(self._to.unexpected) if self._unexpected is not None else None,
+            output=shown(self._to.results),
+            retry_file=shown(self._to.retry),
+            unexpected_file=shown(self._to.unexpected) if self._unexpected is not None else None,
             **known,
         )
         with write_whole(self._to.summary) as stream:

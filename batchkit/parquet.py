@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from batchkit.columns import Columns, told
 from batchkit.errors import InputError, UsageError
-from batchkit.storage import is_plain_local
+from batchkit.storage import is_plain_local, is_remote, shown
 from batchkit.tasks import FILE_START, Place, Row
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def open_file(uri: str) -> Iterator[pq.ParquetFile]:
         import pyarrow.parquet as pq
     except ImportError as exc:
         raise UsageError("reading Parquet needs pyarrow", hint="pip install 'batchkit-vlm[parquet]'") from exc
+    if is_remote(uri):
+        raise InputError(f"{shown(uri)}: Parquet is read from local files in this version", hint="download it first")
     if not is_plain_local(uri):
         raise InputError(f"{uri}: a Parquet file is not compressed as a whole", hint="decompress it first")
     with told(uri, "Parquet"):

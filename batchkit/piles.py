@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from batchkit import remotes
 from batchkit.errors import InputError, RowError, UsageError
 from batchkit.flat import FlatEncoder, FlatFields
 from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
-from batchkit.outputs import Encoder, Outputs, Places, places
+from batchkit.outputs import Encoder, Outputs, Places, place_of, places
 from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, gist, parse
 from batchkit.results import ResultEncoder
@@ -78,6 +79,8 @@ def merge_pile(
     """
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
+    for uri in filter(is_remote, map(str, responses)):
+        remotes.look(uri)  # for its errors, which say more than those of opening it
     source = open_source(tasks)
     parse = parse or "text"
     encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix)
@@ -85,7 +88,7 @@ def merge_pile(
         encoder = FlatEncoder(parse, FlatFields(ids=None), custom_ids=True)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
-    places(output, retry_file, never=[Path(name) for name in (str(tasks), *files) if not is_remote(name)])
+    places(output, retry_file, never=[place_of(name) for name in (str(tasks), *files)])
     pile = _Pile(source, files, tuple(id_fields), id_separator)
     progress = progress or Silent()
     with Outputs(to, encoder) as outputs:

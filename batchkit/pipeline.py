@@ -69,14 +69,14 @@ def run(
     `submitted` are called with the report of their stage as soon as it is over.
     """
     from batchkit.merging import check_names, merge
-    from batchkit.outputs import places
+    from batchkit.outputs import place_of, places
     from batchkit.results import ResultEncoder
     from batchkit.submission import refuse_endpoint, submit
 
     # What submit and merge would refuse is refused before anything is made or paid for.
     refuse_endpoint(keywords.get("url", CHAT), keywords.get("backend", "vllm"), engine)
     ResultEncoder(parse=parse or "text", prefix=prefix)
-    places(output or Path(run) / "results.jsonl", retry_file, never=[Path(tasks)])
+    places(output or f"{str(run).rstrip('/')}/results.jsonl", retry_file, never=[place_of(tasks)])
     with show("prepare") as progress:
         report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)
     prepared(report)

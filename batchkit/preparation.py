@@ -22,6 +22,7 @@ from batchkit.reuse import KnownAnswers, named, open_known
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import pack
+from batchkit.storage import is_remote, shown
 from batchkit.takeovers import as_it_stands, clear_behind
 from batchkit.tallies import Report, Tally
 from batchkit.tasks import FILE_START, Place, Row
@@ -56,7 +57,7 @@ def prepare(
         _refuse_other(target, manifest)
         if target.manifest.input != manifest.input and not rows_unchanged(target, source.rows):
             raise RunError(
-                f"{target.path}: prepared from {source.uri} as it was then; its rows have changed since",
+                f"{target.name}: prepared from {shown(source.uri)} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
         report = _prepare_rest(target, source, options, workers=workers, strict=strict, progress=progress or Silent())
@@ -144,7 +145,7 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
         format=FORMAT,
         batchkit=batchkit.__version__,
         created=now(),
-        input=Input(uri=source.uri, bytes=source.size, modified=source.modified, fingerprint=source.fingerprint),
+        input=Input(uri=shown(source.uri), bytes=source.size, modified=source.modified, fingerprint=source.fingerprint),
         model=options.model,
         backend=options.backend,
         options=kept,
@@ -152,6 +153,8 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
 
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
+    if options.image_root is None and is_remote(source.uri) and source.format != "hf":
+        return shown(source.uri).rpartition("/")[0]
     root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else source.folder
     if not root.is_dir():
         raise InputError(f"{root}: no such directory", hint="check --image-root")
@@ -163,7 +166,7 @@ def _refuse_other(run: Run, new: Manifest) -> None:
     old = run.manifest
     hint = "prepare into a new run directory, or repeat the options as they were"
     if not run.was_sent():
-        hint = f"nothing of it was sent: rm -r {shlex.quote(str(run.path))} and prepare again; or name a new directory"
+        hint = f"nothing of it was sent: {_removal(run)} and prepare again; or name a new directory"
     was = {**old.options, "model": old.model, "backend": old.backend, "TASKS": old.input.uri}
     now_is = {**new.options, "model": new.model, "backend": new.backend, "TASKS": new.input.uri}
     for name, value in now_is.items():
@@ -185,6 +188,12 @@ def _refuse_other(run: Run, new: Manifest) -> None:
 def _default(name: str) -> object:
     kept = PrepareOptions(model="m").model_dump(mode="json")
     return kept.get(name)
+
+
+def _removal(run: Run) -> str:
+    """The command that removes a run."""
+    command = "aws s3 rm --recursive" if is_remote(run.name) else "rm -r"
+    return f"{command} {shlex.quote(run.name)}"
 
 
 def _shown(value: object) -> str:

@@ -60,7 +60,7 @@ def status(run: Run | str | Path, *, ask: bool = True) -> Status:
     for shard in shards:
         totals.update(shard.verdicts)
     return Status(
-        run=str(opened.path),
+        run=opened.name,
         model=opened.manifest.model,
         backend=opened.manifest.backend,
         prepared=opened.prepared() is not None,

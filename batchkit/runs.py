@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from batchkit import leases
+from batchkit import leases, mirrors, s3, storage
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
 from batchkit.limits import CHAT
@@ -35,7 +36,8 @@ OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
     """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `fingerprint` tells
-    inputs of one size apart, on another machine too: a checksum of places spread over a file, a dataset's own."""
+    inputs of one size apart, on another machine too: a checksum of places spread over a file, the version (ETag) of an
+    object, a dataset's own."""
 
     uri: str
     bytes: int
@@ -117,6 +119,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     finished: str
 
 
+LOOK_SECONDS = 10.0
 PREPARE_AGAIN = "prepare again with the same options: what is missing or damaged is made anew"
 
 T = TypeVar("T")
@@ -139,11 +142,17 @@ def as_ranges(positions: Iterable[int]) -> list[tuple[int, int]]:
 
 
 class Run:
-    """A run directory. Make one with `Run.create`, open one with `Run.open`."""
+    """A run directory. Make one with `Run.create`, open one with `Run.open`.
+
+    `path` is local; for a run in a bucket it is the working copy, and `name` the run's URI.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
+        self.name = storage.shown(path)
         self.manifest = manifest
+        self._mirror = mirrors.of(path)
+        self._looked = 0.0
 
     # -- the directory -------------------------------------------------------------------------------------------
 
@@ -154,10 +163,14 @@ class Run:
         Raises `RunError` where the path holds something else.
         """
         root = _root(path)
-        if cls.exists(root):
-            return cls.open(root)
-        if root.is_file() or (root.is_dir() and not all(map(_is_begun, root.iterdir()))):
-            raise RunError(f"{root}: exists and is not a run directory", hint="name a new directory for the run")
+        mirror = mirrors.of(root)
+        taken = mirror.refresh() if mirror is not None else root.is_dir() and not all(map(_is_begun, root.iterdir()))
+        if (root / "manifest.json").is_file():
+            return cls._opened(root)
+        if root.is_file() or taken:
+            raise RunError(
+                f"{storage.shown(root)}: exists and is not a run directory", hint="name a new directory for the run"
+            )
         try:
             for folder in FOLDERS:
                 (root / folder).mkdir(parents=True, exist_ok=True)
@@ -166,8 +179,8 @@ class Run:
         with leases.hold(
             root, "prepare"
         ):  # two at once must not both write: the shards of one, the manifest of the other
-            if cls.exists(root):
-                return cls.open(root)
+            if (root / "manifest.json").is_file():
+                return cls._opened(root)
             with write_whole(root / "manifest.json", durable=True) as stream:
                 stream.write(_pretty(manifest))
         return cls(root, manifest)
@@ -176,16 +189,25 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """Open an existing run. Raises `RunError` where there is none, or one of another version."""
         root = _root(path)
+        mirror = mirrors.of(root)
+        if mirror is not None:
+            mirror.refresh()
+        return cls._opened(root)
+
+    @classmethod
+    def _opened(cls, root: Path) -> Run:
         manifest_path = root / "manifest.json"
         if not manifest_path.is_file():
+            name = storage.shown(root)
             raise RunError(
-                f"{root}: not a run directory (it has no manifest.json)",
-                hint=f"batchkit prepare TASKS {root} --model MODEL",
+                f"{name}: not a run directory (it has no manifest.json)",
+                hint=f"batchkit prepare TASKS {name} --model MODEL",
             )
         found = _read(manifest_path, dict[str, Any])
         if found.get("format") != FORMAT:
             raise RunError(
-                f"{manifest_path}: format {found.get('format')!r}, but this batchkit reads format {FORMAT}",
+                f"{storage.shown(manifest_path)}: format {found.get('format')!r}, "
+                f"but this batchkit reads format {FORMAT}",
                 hint="use the batchkit version that made the run",
             )
         with contextlib.suppress(OSError):  # a run may be read where it cannot be written
@@ -196,6 +218,30 @@ class Run:
     @classmethod
     def exists(cls, path: str | Path) -> bool:
         return (_root(path) / "manifest.json").is_file()
+
+    def refresh(self) -> None:
+        """Take over what other machines have written since; nothing to do for a local run."""
+        if self._mirror is not None:
+            self._mirror.refresh()
+
+    def fetch(self, path: Path) -> Path:
+        """A file of rows, ids or requests, made sure to be here where the run is in a bucket."""
+        if self._mirror is not None:
+            self._mirror.fetch(path)
+        return path
+
+    def leave_requests(self, shard: int) -> None:
+        """Let go of the local copy of a shard's requests, where the run is in a bucket: they are its largest part."""
+        if self._mirror is not None:
+            self._mirror.leave(self.requests_path(shard))
+
+    def bytes_of(self, path: Path) -> int | None:
+        """The size of a file of the run, which need not be here; None where there is none."""
+        if self._mirror is not None:
+            return self._mirror.bytes_of(path)
+        with contextlib.suppress(OSError):
+            return path.stat().st_size
+        return None
 
     # -- what prepare writes -------------------------------------------------------------------------------------
 
@@ -225,11 +271,13 @@ class Run:
         while (path := self.seal_path(shard)).exists():
             seal = _read(path, Seal, hint=PREPARE_AGAIN)
             if end is not None and seal.start != end:
-                raise RunError(f"{path}: begins at row {seal.start}, not {end}: it is damaged", hint=PREPARE_AGAIN)
+                raise RunError(
+                    f"{storage.shown(path)}: begins at row {seal.start}, not {end}: it is damaged", hint=PREPARE_AGAIN
+                )
             yield seal
             shard, end = shard + 1, seal.end
         if prepared is not None and shard < prepared.shards:
-            raise RunError(f"{path}: is missing, of {prepared.shards:,} shards", hint=PREPARE_AGAIN)
+            raise RunError(f"{storage.shown(path)}: is missing, of {prepared.shards:,} shards", hint=PREPARE_AGAIN)
 
     def seal(self, shard: int) -> Seal | None:
         """The seal of one shard; None where it has none that can be read."""
@@ -239,11 +287,12 @@ class Run:
 
     def read_ids(self, seal: Seal) -> list[str]:
         """The custom_ids of the shard's rows: `ids[i]` is that of position `seal.start + i`."""
-        with open_read(str(self.ids_path(seal.shard))) as stream:
+        with open_read(str(self.fetch(self.ids_path(seal.shard)))) as stream:
             ids = [line.decode("utf-8") for line in read_lines(stream)]
         if len(ids) != seal.end - seal.start:
             raise RunError(
-                f"{self.ids_path(seal.shard)}: {len(ids)} ids for {seal.end - seal.start} rows: the file is damaged",
+                f"{storage.shown(self.ids_path(seal.shard))}: {len(ids)} ids for {seal.end - seal.start} rows: "
+                "the file is damaged",
                 hint="restore the file from a copy of the run",
             )
         return ids
@@ -283,9 +332,13 @@ class Run:
             stream.write(now().encode() + b"\n")
 
     def last_cancel(self) -> bytes:
-        """Differs after each `cancel`."""
+        """Differs after each `cancel`; one on another machine is noticed within `LOOK_SECONDS`."""
+        path = self.path / "cancelled"
+        if self._mirror is not None and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._mirror.look_again(path)
+            self._looked = time.monotonic()
         try:
-            return (self.path / "cancelled").read_bytes()
+            return path.read_bytes()
         except OSError:
             return b""
 
@@ -304,6 +357,8 @@ class Run:
 
     def responses_paths(self, shard: int) -> list[tuple[int, Path]]:
         """The shard's response files with their attempt numbers, in the order of the attempts."""
+        if self._mirror is not None:
+            self._mirror.fetch_responses(f"{shard:05d}")
         pattern = re.compile(rf"{shard:05d}\.(\d+)\.jsonl")
         found = (self.path / "responses").glob(f"{shard:05d}.*.jsonl")
         return sorted((int(match[1]), path) for path in found if (match := pattern.fullmatch(path.name)))
@@ -321,8 +376,12 @@ class Run:
 
 
 def _root(path: str | Path) -> Path:
+    if s3.is_s3(path):
+        return mirrors.at(str(path)).root
     if "://" in str(path):
-        raise RunError(f"{path}: a run directory must be local in this version", hint="name a local directory")
+        raise RunError(
+            f"{path}: a run is a local directory or in a bucket", hint="name a directory, or s3://BUCKET/RUN"
+        )
     return Path(path).expanduser()
 
 
@@ -341,4 +400,4 @@ def _read(path: Path, kind: type[T], *, hint: str = "restore the file from a cop
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, UnicodeDecodeError, msgspec.DecodeError) as exc:
-        raise RunError(f"{path}: damaged: {exc}", hint=hint) from exc
+        raise RunError(f"{storage.shown(path)}: damaged: {exc}", hint=hint) from exc

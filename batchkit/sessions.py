@@ -29,11 +29,11 @@ import msgspec
 from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Part, Plan
 from batchkit.errors import RunBusyError
-from batchkit.jobs import Attempt
+from batchkit.jobs import OVER, Attempt
 from batchkit.rounds import Key
 from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.shardfiles import request_lines
-from batchkit.storage import sync_folder, write_whole
+from batchkit.storage import settle, sync_folder, write_whole
 
 BACKEND = "vllm"
 ABANDONED_SECONDS = 3600
@@ -141,7 +141,33 @@ def recover(run: Run, seals: Mapping[int, Seal]) -> Recovered:
             with contextlib.suppress(RunBusyError), _leases(run, plan):
                 counts.sessions += 1
                 _recover_one(run, plan, seals, counts)
+    _close_lost(run, seals)
     return counts
+
+
+def _close_lost(run: Run, seals: Mapping[int, Seal]) -> None:
+    """Close the attempts of engines whose folders are gone: with another machine, where the run is in a bucket. What
+    had come of their responses stays."""
+    for shard in seals:
+        if _lost(run, shard):
+            with contextlib.suppress(RunBusyError), run.lease(f"{shard:05d}"):
+                lost = _lost(run, shard)  # looked at again: it may have ended before we held the lease
+                job = run.job(shard)
+                for attempt in job.attempts:
+                    if attempt.number in lost:
+                        settle(run.responses_path(shard, attempt.number))
+                        attempt.state, attempt.ended = "died", now()
+                        attempt.message = "the machine that ran the engine ended, or lost its folder"
+                if lost:
+                    run.write_job(job)
+
+
+def _lost(run: Run, shard: int) -> set[int]:
+    return {
+        attempt.number
+        for attempt in run.job(shard).attempts
+        if attempt.session is not None and attempt.state not in OVER and not run.engine_path(attempt.session).exists()
+    }
 
 
 def _recover_one(run: Run, plan: Plan, seals: Mapping[int, Seal], counts: Recovered) -> None:

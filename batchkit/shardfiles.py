@@ -17,7 +17,7 @@ from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
 from batchkit.measures import Totals
 from batchkit.runs import Rejection, Run, Seal
-from batchkit.storage import open_read, write_whole
+from batchkit.storage import open_read, remove, shown, write_whole
 from batchkit.takeovers import Answer, Taken, standing, take_over
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, whole
 
@@ -131,7 +131,7 @@ class ShardWriter:
                 stream.write(piece)
         except OSError as exc:
             raise StorageError(
-                f"{self._run.path}: cannot be written: {exc.strerror or exc}",
+                f"{self._run.name}: cannot be written: {exc.strerror or exc}",
                 hint="free some disk space and run the same command again: it goes on where it stopped",
             ) from exc
 
@@ -179,10 +179,10 @@ def intact_seals(run: Run) -> Iterator[Seal]:
 
 def _is_intact(run: Run, seal: Seal) -> bool:
     try:
-        sizes = [path.stat().st_size for path in (run.rows_path(seal.shard), run.requests_path(seal.shard))]
-        ids = run.ids_path(seal.shard).read_bytes()
+        ids = run.fetch(run.ids_path(seal.shard)).read_bytes()
     except OSError:
         return False
+    sizes = [run.bytes_of(path) for path in (run.rows_path(seal.shard), run.requests_path(seal.shard))]
     return sizes == [seal.rows_bytes, seal.requests_bytes] and xxhash.xxh3_128_hexdigest(ids) == seal.ids_checksum
 
 
@@ -192,7 +192,7 @@ def remove_leftovers(run: Run, shards: int) -> None:
     if not run.was_sent():
         for path in run.seal_path(0).parent.glob("[0-9]*.json"):
             if path.stem.isdecimal() and int(path.stem) >= shards:
-                path.unlink()
+                remove(path)
     for folder in (run.rows_path(0).parent, run.requests_path(0).parent):
         for aside in folder.glob(".*.tmp"):
             aside.unlink(missing_ok=True)
@@ -261,7 +261,7 @@ def _no_room(exc: sqlite3.OperationalError) -> StorageError:
 def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
     """As `request_lines`, without line feeds and without a copy: parts of the file as it is mapped into memory. The
     file is checked before the first line."""
-    path = run.requests_path(seal.shard)
+    path = run.fetch(run.requests_path(seal.shard))
     with open(path, "rb") as stream:
         if not seal.requests_bytes or os.fstat(stream.fileno()).st_size != seal.requests_bytes:
             raise _not_as_sealed(path)
@@ -280,7 +280,7 @@ def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iter
 def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The lines of some rows of a shard, with their line feeds. Raises `RunError`, behind the last one at the latest,
     where the file is not the one that was sealed."""
-    path, digest = run.requests_path(seal.shard), xxhash.xxh3_128()
+    path, digest = run.fetch(run.requests_path(seal.shard)), xxhash.xxh3_128()
     wanted = _wanted(seal, rows)
     with open_read(str(path)) as stream:
         for line in stream:
@@ -300,6 +300,6 @@ def _wanted(seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bool]:
 
 def _not_as_sealed(path: Path) -> RunError:
     return RunError(
-        f"{path}: is not what prepare wrote: its checksum differs",
-        hint=f"delete {path.with_suffix('.json')} and prepare again: it makes the shard anew",
+        f"{shown(path)}: is not what prepare wrote: its checksum differs",
+        hint=f"delete {shown(path.with_suffix('.json'))} and prepare again: it makes the shard anew",
     )

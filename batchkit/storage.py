@@ -2,6 +2,9 @@
 
 A URI is a local path (`~` allowed), `s3://…` or `https://…`; names that end in .gz, .bz2, .xz or .zst are read and
 written compressed. Local uncompressed files, the usual case, are opened without importing smart_open.
+
+A folder may be the local side of something in a bucket. Then a `Follower` is entered for it with `follow`, and what is
+written, grows or is removed below that folder goes through it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Protocol
 
 from batchkit.errors import InputError, StorageError
 
@@ -21,6 +24,81 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
 SPOTS = 64
 SPOT_BYTES = 4096
+
+
+class Follower(Protocol):
+    """Keeps the other side of a folder equal to it. Every call raises `BatchkitError` where that fails."""
+
+    uri: str
+
+    def place(self, aside: Path, target: Path) -> None:
+        """Give the finished file `aside` its name `target` here, and put it there."""
+
+    def remove(self, target: Path) -> None:
+        """Remove it on both sides, if it is there."""
+
+    def grew(self, target: Path) -> None:
+        """Something was appended to it: there it may arrive a little later."""
+
+    def settle(self, target: Path) -> None:
+        """Nothing more will be appended: it is whole there when this returns."""
+
+
+_followers: dict[Path, Follower] = {}
+
+
+def follow(root: Path, follower: Follower) -> None:
+    """From now on `follower` is told of all files below `root`, an absolute path."""
+    _followers[root] = follower
+
+
+def follower_of(path: Path) -> Follower | None:
+    for root, follower in _followers.items():
+        if path.is_relative_to(root):
+            return follower
+    return None
+
+
+def shown(path: str | Path) -> str:
+    """The name that people know a file by: that in the bucket, where the local file is only its copy; without the
+    query of a URL, which may be a signature."""
+    text = str(path)
+    if text.startswith(("http://", "https://")):
+        return text.partition("?")[0]
+    for root, follower in _followers.items():
+        if Path(text).is_relative_to(root):
+            return f"{follower.uri}/{Path(text).relative_to(root).as_posix()}".removesuffix("/.")
+    return text
+
+
+def show(text: str) -> str:
+    """A message in which all local copies are named as people know them."""
+    for root, follower in _followers.items():
+        text = text.replace(str(root), follower.uri)
+    return text
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    follower = follower_of(path)
+    if follower is not None:
+        follower.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def grew(path: Path) -> None:
+    """To be called when something was appended to a file that must not be lost."""
+    follower = follower_of(path)
+    if follower is not None:
+        follower.grew(path)
+
+
+def settle(path: Path) -> None:
+    """To be called when nothing more will be appended to it."""
+    follower = follower_of(path)
+    if follower is not None:
+        follower.settle(path)
 
 
 def check_rereadable(uri: str) -> None:
@@ -49,11 +127,11 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
     try:
         stream = _open(uri)
     except FileNotFoundError as exc:
-        raise InputError(f"{uri}: no such file", hint="check the path") from exc
+        raise InputError(f"{shown(uri)}: no such file", hint="check the path") from exc
     except IsADirectoryError as exc:
-        raise InputError(f"{uri}: is a directory, not a file") from exc
+        raise InputError(f"{shown(uri)}: is a directory, not a file") from exc
     except (OSError, ValueError) as exc:
-        raise InputError(f"{uri}: cannot be opened: {exc}") from exc
+        raise InputError(f"{shown(uri)}: cannot be opened: {_why(exc, uri)}") from exc
     with stream:
         yield stream
 
@@ -63,7 +141,21 @@ def _open(uri: str) -> BinaryIO:
         return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=BUFFER_BYTES)
     import smart_open
 
-    return io.BufferedReader(_Reader(uri, smart_open.open(uri, "rb")), BUFFER_BYTES)
+    ending = Path(shown(uri)).suffix  # a signed URL ends in its signature
+    codec = ending if ending in COMPRESSED else "disable"
+    try:
+        stream = smart_open.open(uri, "rb", compression=codec)
+    except Exception as exc:
+        if not is_remote(uri):
+            raise
+        raise InputError(f"{shown(uri)}: cannot be opened: {_why(exc, uri)}", hint="check the name") from exc
+    return io.BufferedReader(_Reader(uri, stream), BUFFER_BYTES)
+
+
+def _why(exc: Exception, uri: str) -> str:
+    """What an exception says, without the query of the URL, which may be a signature."""
+    query = uri.partition("?")[2] if is_remote(uri) else ""
+    return str(exc).replace(f"?{query}", "") if query else str(exc)
 
 
 class _Reader(io.RawIOBase):
@@ -80,7 +172,9 @@ class _Reader(io.RawIOBase):
         try:
             piece = self._stream.read(len(buffer))
         except Exception as exc:  # each codec and each protocol has errors of its own
-            raise InputError(f"{self._uri}: cannot be read: {exc}", hint="check that the file is whole") from exc
+            raise InputError(
+                f"{shown(self._uri)}: cannot be read: {_why(exc, self._uri)}", hint="check that the file is whole"
+            ) from exc
         buffer[: len(piece)] = piece
         return len(piece)
 
@@ -115,7 +209,8 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
 def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
     """Write a file aside and rename it into place at the end, so that readers see all of it or nothing.
 
-    With `durable` the bytes and the rename are on the disk when this returns (fsync of file and folder).
+    With `durable` the bytes and the rename are on the disk when this returns (fsync of file and folder). Where the
+    folder is the local side of a bucket, it is in the bucket when this returns.
     """
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -125,7 +220,11 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
-        os.replace(aside, target)
+        follower = follower_of(target)
+        if follower is not None:
+            follower.place(aside, target)
+        else:
+            os.replace(aside, target)
         if durable:
             sync_folder(target.parent)
     except OSError as exc:

@@ -32,6 +32,7 @@ from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
 from batchkit.rounds import Pool
 from batchkit.runs import Run, Seal
+from batchkit.storage import remove
 from batchkit.takeovers import reused_in
 from batchkit.targets import SERVICES
 from batchkit.work import Leases, Scan, Work
@@ -202,8 +203,8 @@ def discard(run: Run | str | Path) -> int:
     for shard in seals:
         with run.lease(f"{shard:05d}"):
             for _, path in run.responses_paths(shard):
-                path.unlink()
-            run.job_path(shard).unlink(missing_ok=True)
+                remove(path)
+            remove(run.job_path(shard))
     return count
 
 
@@ -230,8 +231,8 @@ def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:
     flying = sum(attempt.in_flight for shard in seals for attempt in run.job(shard).attempts)
     if flying:
         raise RunError(
-            f"{run.path}: {flying} batches are under way at a provider, and would be paid for in vain",
-            hint=f"batchkit cancel {shlex.quote(str(run.path))} first",
+            f"{run.name}: {flying} batches are under way at a provider, and would be paid for in vain",
+            hint=f"batchkit cancel {shlex.quote(run.name)} first",
         )
 
 
@@ -263,7 +264,7 @@ def _sealed(run: Run, progress: Progress) -> dict[int, Seal]:
     seals = {seal.shard: seal for seal in run.seals()}
     if run.prepared() is None:
         if not seals:
-            raise RunError(f"{run.path}: nothing is prepared yet", hint="run the same batchkit prepare again")
+            raise RunError(f"{run.name}: nothing is prepared yet", hint="run the same batchkit prepare again")
         progress.say(f"warning: prepare has not finished; submitting the {len(seals)} shards that it sealed")
     return seals
 

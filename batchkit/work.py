@@ -44,6 +44,7 @@ class Leases:
     def release_all_but(self, shards: Iterable[int]) -> None:
         for shard in self._held.keys() - set(shards):
             self._held.pop(shard).close()
+            self._run.leave_requests(shard)
 
     def __enter__(self) -> Self:
         return self

@@ -212,7 +212,7 @@ def test_results_may_go_elsewhere_compressed_with_their_companions_beside_them(m
     assert output.read_bytes() == once
 
 
-@pytest.mark.parametrize("name", ["results.xlsx", "results.parquet.gz", "results", "s3://bucket/results.jsonl"])
+@pytest.mark.parametrize("name", ["results.xlsx", "results.parquet.gz", "results", "https://host/results.jsonl"])
 def test_formats_that_are_not_written_are_a_usage_error(made: MadeRun, name: str) -> None:
     with pytest.raises(UsageError):
         merge(made.run, output=name)
