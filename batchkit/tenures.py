@@ -54,6 +54,7 @@ class Tenure:
         self._me: Tenant | None = None
         self._etag = ""
         self._renewed = 0.0
+        self._careful = False
         self._lost: RunBusyError | None = None
         self._ended = threading.Event()
 
@@ -98,9 +99,26 @@ class Tenure:
             )
             self._renewed = _clock()
             self._etag = s3.put(self._process(me.token), msgspec.json.encode(me), only_new=True)
+            self._refuse_careless_server(self._process(me.token))
             self._me, self._ended = me, threading.Event()
             threading.Thread(target=self._keep, args=(self._ended,), name="batchkit-leases", daemon=True).start()
         return self._me
+
+    def _refuse_careless_server(self, place: str) -> None:
+        """Raise `StorageError` where PUTs are done whatever their conditions say: no lease would hold there."""
+        if self._careful:
+            return
+        try:
+            s3.put(place, b"", only_new=True)
+        except ChangedError:
+            self._careful = True
+            return
+        s3.delete(place)
+        raise StorageError(
+            f"{self._uri}: this server does not heed the conditions of a PUT (If-None-Match), so no two machines could "
+            "be kept apart",
+            hint="a newer version of it may; or work on a local run, and merge with -o s3://…",
+        )
 
     def _keep(self, ended: threading.Event) -> None:
         """Say again and again that the process lives. A network that is away is no reason to stop: nobody may have

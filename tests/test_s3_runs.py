@@ -135,7 +135,9 @@ def test_a_run_in_a_bucket_gives_the_bytes_that_a_local_one_gives(
 
 
 def test_another_machine_sees_all_of_it_and_fetches_only_what_it_reads(bucket: Bucket, server: Server) -> None:
-    send(prepared(bucket), server)
+    first = prepared(bucket)
+    send(first, server)
+    assert not list((first.path / "requests").glob("*.jsonl"))  # let go with the shards' leases
     bucket.on("second")
     status = reporting.status(bucket.uri("runs/one/"))
     assert (status.run, status.answers, status.exit_code) == (bucket.uri("runs/one"), ROWS, 0)
@@ -220,7 +222,7 @@ submit(sys.argv[1], endpoints=[sys.argv[2]], concurrency=1)
 
 def start_submit(run: str, server: Server, valid: float = 2.0) -> subprocess.Popen[bytes]:
     script = SUBMIT.format(valid=valid)
-    return subprocess.Popen([sys.executable, "-c", script, run, server.url], cwd=ROOT, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", script, run, server.url], cwd=ROOT, stderr=subprocess.PIPE)
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -391,6 +393,28 @@ def test_a_lost_lease_stops_its_former_holder(bucket: Bucket, impatient: None) -
     assert "runs/one/leases/00000.json" not in bucket.names("runs/one/leases/")
 
 
+def test_a_submit_that_was_asleep_stops_when_others_have_taken_over(bucket: Bucket, server: Server) -> None:
+    run = prepared(bucket, shard=ROWS)
+    server.delay = 0.1
+    sleeper = start_submit(run.name, server)
+    wait_for(lambda: parts(bucket))
+    sleeper.send_signal(signal.SIGSTOP)
+    try:
+        bucket.on("second")
+        server.delay = 0.0
+        patiently(lambda: send(run.name, server))
+        jobs = bucket.get("runs/one/jobs/00000.json")
+        before = {name: bucket.get(name) for name in bucket.names("runs/one/") if "/leases/" not in name}
+        server.delay = 0.3
+    finally:
+        sleeper.send_signal(signal.SIGCONT)
+    assert b"was taken over by process" in sleeper.communicate(timeout=30)[1]
+    assert bucket.get("runs/one/jobs/00000.json") == jobs
+    assert {name: bucket.get(name) for name in before} == before
+    assert not parts(bucket)
+    assert merge(run.name).verdicts[Verdict.ANSWERED] == ROWS
+
+
 def test_a_holder_that_is_heard_of_keeps_its_lease(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tenures, "VALID_SECONDS", 2.0)
     monkeypatch.setattr(tenures, "RENEW_SECONDS", 0.2)
@@ -439,6 +463,14 @@ def test_of_many_machines_one_gets_the_lease(bucket: Bucket) -> None:
         thread.join()
     assert (len(got), len(told)) == (1, 7)
     assert all("is held by process" in text for text in told)
+
+
+def test_a_server_that_heeds_no_conditions_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = s3.put
+    monkeypatch.setattr(s3, "put", lambda uri, body, **conditions: real(uri, body))
+    with pytest.raises(StorageError, match="does not heed the conditions of a PUT"):
+        prepared(bucket)
+    assert not bucket.names("runs/one/")
 
 
 # -- batch services --------------------------------------------------------------------------------------------------
