@@ -18,6 +18,7 @@ from batchkit.cli_options import (
     merge_options,
     pilot_option,
     prepare_options,
+    ray_option,
     server_options,
     service_options,
     settle_options,
@@ -72,9 +73,10 @@ def main() -> None:
 @click.argument("tasks")
 @click.argument("run")
 @prepare_options
+@ray_option
 @click.option("--limit", type=click.IntRange(0), help="At most so many rows.")
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be made (exactly), write nothing.")
-def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, strict: bool, **options: Any) -> None:
+def prepare_command(tasks: str, run: str, *, plan_only: bool, strict: bool, **options: Any) -> None:
     """Make requests of the rows in TASKS, in the run directory RUN.
 
     TASKS is a JSONL file: one JSON object a line. Again with the same options, it goes on where it stopped.
@@ -85,12 +87,13 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
     from batchkit import preparation
     from batchkit.progress import Console
 
+    hands = {name: options.pop(name) for name in ("workers", "ray")}
     with Console("prepare") as progress:
         keywords = _prepare_keywords(options)
         if plan_only:
-            report = preparation.plan(tasks, workers=workers, progress=progress, **keywords)
+            report = preparation.plan(tasks, progress=progress, **hands, **keywords)
         else:
-            report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
+            report = preparation.prepare(tasks, run, strict=strict, progress=progress, **hands, **keywords)
     cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
         click.echo(f"\nnext: batchkit submit {run}" if report.requests else "\nnothing to submit", err=True)
@@ -118,6 +121,7 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
 )
 @pilot_option
 @submit_options
+@ray_option
 @server_options
 @service_options
 @settle_options
@@ -243,6 +247,7 @@ def merge_command(
 @prepare_options
 @pilot_option
 @submit_options
+@ray_option
 @server_options
 @service_options
 @merge_options

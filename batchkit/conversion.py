@@ -42,7 +42,7 @@ class Converter:
     def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool) -> None:
         self._options = options
         self._limits = options.limits
-        self._root = Path(image_root)
+        self.root = Path(image_root)
         self._batch_format = batch_format
         template = options.prompt_template
         self._render = compile_template(template) if template is not None else None
@@ -116,7 +116,7 @@ class Converter:
         try:
             if not task.images and self._options.image_field is not None:
                 raise RowError("image", f"no image in {' or '.join(map(repr, self._options.image_field))}")
-            return [images.load(image.source, self._root, self._image_options) for image in task.images]
+            return [images.load(image.source, self.root, self._image_options) for image in task.images]
         except RowError:
             if self._options.on_bad_image == "text-only":
                 return ()  # all of them: with one left out, «the second image» would mean another one

@@ -37,6 +37,7 @@ def run(
     replicas: int = 1,
     engine: str = "run-batch",
     engine_args: Sequence[str] = (),
+    ray: str | None = None,
     endpoints: Sequence[str] = (),
     concurrency: int | None = None,
     rate_limit_delay: float | None = None,
@@ -75,7 +76,7 @@ def run(
     ResultEncoder(parse=parse, prefix=prefix)
     places(output or Path(run) / "results.jsonl", retry_file, never=[Path(tasks)])
     with show("prepare") as progress:
-        report = prepare(tasks, run, workers=workers, strict=strict, progress=progress, **keywords)
+        report = prepare(tasks, run, workers=workers, strict=strict, ray=ray, progress=progress, **keywords)
     prepared(report)
     check_names(report.names_in_use, prefix)
     with show("submit") as progress, _kept() as kept:
@@ -89,6 +90,7 @@ def run(
                 replicas=replicas,
                 engine=engine,
                 engine_args=engine_args,
+                ray=ray,
                 progress=progress,
                 endpoints=endpoints,
                 concurrency=concurrency,

@@ -23,7 +23,7 @@ from batchkit.shards import pack
 from batchkit.storage import check_rereadable, is_remote
 from batchkit.tallies import Report, Tally
 from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
-from batchkit.workers import convert_all
+from batchkit.workers import Hands, convert_all
 
 
 def prepare(
@@ -32,6 +32,7 @@ def prepare(
     *,
     strict: bool = False,
     workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
@@ -39,7 +40,8 @@ def prepare(
 
     `keywords` are the options that `PrepareOptions` describes; `model` is needed unless the rows are requests in OpenAI
     batch format. Rows that cannot become requests are rejected and counted, never dropped; with `strict` the first one
-    raises `InputError`. `workers` is the number of processes, None for one a core; it never changes the result.
+    raises `InputError`. `workers` is the number of processes, None for one a core; `ray` the address of a Ray cluster
+    whose machines do the work, and see the images under the same paths. Neither changes the result.
 
     Called again with the same input and options it goes on where it stopped, or does nothing. Raises `RunError` where
     the run was prepared with others, `InputError` for an unusable file, `UsageError` for unusable options.
@@ -54,13 +56,14 @@ def prepare(
                 f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
-        return _judged(_prepare_rest(target, options, workers, strict, progress or Silent()), options)
+        return _judged(_prepare_rest(target, options, Hands(workers, ray), strict, progress or Silent()), options)
 
 
 def plan(
     tasks: str | Path,
     *,
     workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
@@ -70,7 +73,9 @@ def plan(
     _announce(uri, options, progress)
     draft: ShardDraft | None = None
     root = _image_root(uri, options)
-    with closing(_sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded:
+    with closing(
+        _sharded(uri, FILE_START, options, image_root=root, seen=IdsSeen(), hands=Hands(workers, ray))
+    ) as sharded:
         for row, done, shard in sharded:
             if draft is None or draft.shard != shard:
                 if draft is not None:
@@ -179,7 +184,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict: bool, progress: Progress) -> Report:
+def _prepare_rest(run: Run, options: PrepareOptions, hands: Hands, strict: bool, progress: Progress) -> Report:
     """Go on behind the last sealed shard, up to the seal of the preparation."""
     tally = Tally()
     uri = run.manifest.input.uri
@@ -199,7 +204,7 @@ def _prepare_rest(run: Run, options: PrepareOptions, workers: int | None, strict
             seen.update(run.read_ids(seal))
     remove_leftovers(run, shards)
     root = run.manifest.options["image_root"]
-    with closing(_sharded(uri, place, options, image_root=root, seen=seen, workers=workers)) as sharded:
+    with closing(_sharded(uri, place, options, image_root=root, seen=seen, hands=hands)) as sharded:
         for seal in _written(run, shards, sharded, strict, progress):
             tally.add(seal)
     run.write_prepared(tally.prepared())
@@ -238,7 +243,7 @@ def _announce(uri: str, options: PrepareOptions, progress: Progress | None) -> N
 
 
 def _sharded(
-    uri: str, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
+    uri: str, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, hands: Hands
 ) -> Generator[tuple[Row, Converted, int]]:
     """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
     batch_format = options.input_format == "batch"
@@ -247,7 +252,7 @@ def _sharded(
         lambda row: options.stop is None or row.position < options.stop,
         (row for row in read_rows(uri, place) if row.position >= options.start),
     )
-    with closing(convert_all(selected, make, workers)) as converted:
+    with closing(convert_all(selected, make, hands)) as converted:
         kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted
         pairs, again = itertools.tee(kept)
         sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)

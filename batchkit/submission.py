@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Unpack
 
 from batchkit import sessions
-from batchkit.backends import vllm
+from batchkit.backends import vllm, vllm_ray
 from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
@@ -52,6 +52,7 @@ def submit(
     replicas: int = 1,
     engine: str = "run-batch",
     engine_args: Sequence[str] = (),
+    ray: str | None = None,
     progress: Progress | None = None,
     **others: Unpack[OtherKeywords],
 ) -> SubmitReport:
@@ -60,9 +61,9 @@ def submit(
     `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
     eighth shard, from the third on; `positions` only these rows. `attempts` bounds how often a request is tried that
     failed in passing or with which the engine died; requests whose verdict is in `retry` are sent again in any case.
-    `engine_args` go to vLLM; `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are on
-    the disk as they come). `others` are for the other backends; `ServiceKeywords` and `ServerKeywords` say what they
-    mean.
+    `engine_args` go to vLLM; `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are
+    on the disk as they come). `ray` is the address of a Ray cluster whose machines run the engines. `others` are for
+    the other backends; `ServiceKeywords` and `ServerKeywords` say what they mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
     `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `CredentialsError` and
@@ -72,7 +73,14 @@ def submit(
     run = run if isinstance(run, Run) else Run.open(run)
     backend = backend or run.manifest.backend
     _refuse_unusable(
-        backend, attempts=attempts, limit=limit, retry=retry, engine=engine, engine_args=engine_args, others=others
+        backend,
+        attempts=attempts,
+        limit=limit,
+        retry=retry,
+        engine=engine,
+        engine_args=engine_args,
+        ray=ray,
+        others=others,
     )
     progress = progress or Silent()
     seals = _sealed(run, progress)
@@ -92,25 +100,34 @@ def submit(
         elif backend in SERVICES:
             with run.lease("submit") if shards is None else contextlib.nullcontext():
                 report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=others)
-        else:
-            runner = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
+        elif engine == "serve":
+            served = vllm.Vllm(model=run.manifest.model, replicas=replicas, args=engine_args)
             _tell_recovered(sessions.recover(run, seals), progress)
-            if engine == "serve":
-                report = submit_served(
-                    run, seals, chosen, runner=runner, common=common, progress=progress, keywords=others
-                )
-            else:
+            report = submit_served(run, seals, chosen, runner=served, common=common, progress=progress, keywords=others)
+        else:
+            with _runner(run, replicas, engine_args, ray) as runner:
+                _tell_recovered(sessions.recover(run, seals), progress)
                 scan = Scan(run, chosen, attempts=attempts, retry=retry, only=positions)
                 report = _run_engines(run, seals, scan, runner, progress, settings=common)
     report.seconds = time.monotonic() - began
     return report
 
 
+@contextlib.contextmanager
+def _runner(run: Run, replicas: int, args: Sequence[str], ray: str | None) -> Iterator[vllm.Runner]:
+    """Where the engines run: on this machine, or on a Ray cluster."""
+    if ray is None:
+        yield vllm.Vllm(model=run.manifest.model, replicas=replicas, args=args)
+        return
+    with vllm_ray.running(ray, model=run.manifest.model, replicas=replicas, args=args) as runner:
+        yield runner
+
+
 def _run_engines(
     run: Run,
     seals: dict[int, Seal],
     scan: Scan,
-    runner: vllm.Vllm,
+    runner: vllm.Runner,
     progress: Progress,
     *,
     settings: Settings,
@@ -144,6 +161,7 @@ def _refuse_unusable(
     retry: frozenset[Verdict],
     engine: str,
     engine_args: Sequence[str],
+    ray: str | None,
     others: OtherKeywords,
 ) -> None:
     if backend not in BACKENDS:
@@ -154,6 +172,10 @@ def _refuse_unusable(
         raise UsageError(f"--engine {engine}: not for {backend}", hint="--engine run-batch or serve, of --backend vllm")
     if engine_args and backend != "vllm":
         raise UsageError(f"arguments behind -- go to vLLM; {backend} takes none", hint="leave them out")
+    if ray is not None and (backend != "vllm" or engine != ENGINES[0]):
+        raise UsageError(
+            "--ray is for --backend vllm with --engine run-batch", hint="leave it out, or the other option"
+        )
     _refuse_foreign("serve" if engine == "serve" and backend == "vllm" else backend, others)
     _refuse_senseless(retry)
 

@@ -13,7 +13,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "batchkit"
 TABLE = re.compile(r"^\| (\d+) \| `([\w./]+)` \|", re.MULTILINE)
-HEAVY = {"boto3", "openai", "vllm", "PIL", "smart_open", "pydantic", "jinja2", "tqdm", "loky", "torch", "jsonschema"}
+HEAVY = {
+    "boto3",
+    "openai",
+    "vllm",
+    "PIL",
+    "smart_open",
+    "pydantic",
+    "jinja2",
+    "tqdm",
+    "loky",
+    "torch",
+    "jsonschema",
+    "ray",
+}
 
 
 def layers() -> dict[str, int]:
