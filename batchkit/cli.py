@@ -251,9 +251,16 @@ def merge_command(
 @server_options
 @service_options
 @merge_options
+@click.option(
+    "--delete-sent",
+    is_flag=True,
+    help="Delete the requests of shards that have their answers, and keep few ahead: for disks that are too small.",
+)
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
 def run_command(tasks: str, run: str, **options: Any) -> None:
     """Prepare, submit and merge in one. Again, it goes on where it stopped.
+
+    The first shard is sent while the others are prepared.
 
     \b
     batchkit run tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct -- --max-model-len 8192

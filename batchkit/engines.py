@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections.abc import Mapping
 
 import msgspec
 
@@ -16,6 +17,7 @@ from batchkit import sessions
 from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Plan
 from batchkit.errors import BatchkitError
+from batchkit.feeds import Feed
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.rounds import Group, Key, Pool, plan_room
@@ -46,7 +48,7 @@ class Engines:
     def __init__(
         self,
         run: Run,
-        seals: dict[int, Seal],
+        feed: Feed,
         *,
         runner: vllm.Runner,
         work: Work,
@@ -55,7 +57,8 @@ class Engines:
         progress: Progress,
     ) -> None:
         self._run = run
-        self._seals = seals
+        self._feed = feed
+        self._seals: Mapping[int, Seal] = feed.seals
         self._runner = runner
         self._work = work
         self._leases = leases
@@ -72,13 +75,24 @@ class Engines:
         for note in self._runner.notes if self._work.due else ():
             self._progress.say(note)
         try:
-            while self._fill() or self._active or self._waits():
+            while self._take_new() or self._fill() or self._active or self._waits():
                 for slot in list(self._active):
                     self._look(slot)
         finally:
             self._stop_all()
 
     # -- starting
+
+    def _take_new(self) -> bool:
+        """Take in the shards that were sealed since the last time. Returns whether there were any."""
+        new = self._feed.take()
+        if new:
+            found = self._work.add(new)
+            self._report.remaining += found.due + found.in_flight
+            self._report.in_flight += found.in_flight
+            self._report.unanswered += found.unanswered
+            self._progress.grow(self._report.responses + self._report.remaining)
+        return bool(new)
 
     def take_fresh(self) -> list[Key]:
         """Requests that were not sent in this submit, as many as one start should take."""
@@ -111,9 +125,14 @@ class Engines:
         return True
 
     def _waits(self) -> bool:
-        """Whether there is something to do and no engine to do it, for now. Waits a little then."""
+        """Whether there is something to do and no engine to do it, or will be. Waits a little then."""
         if self._work.is_empty and self._pool.is_empty:
-            return False
+            if self._work.is_limited or not self._feed.is_open:
+                return False
+            self._feed.idle()
+            self._progress.update(0, note=self._feed.stage)
+            time.sleep(POLL_SECONDS)
+            return True
         if all(self._runner.is_up(slot) for slot in range(self._runner.replicas)):
             return False
         time.sleep(POLL_SECONDS)
@@ -218,7 +237,7 @@ class Engines:
             self._report.remaining -= 1
             self._report.responses += 1
             self._report.unanswered += 1
-        nothing_else = not self._active and not self._pool.shards() and self._work.is_empty
+        nothing_else = not self._feed.is_open and not self._active and not self._pool.shards() and self._work.is_empty
         if self._pool.broken or (self._pool.doubtful and nothing_else):
             raise self._runner.explain(end)
 

@@ -120,9 +120,14 @@ class Live:
         self._synced = time.monotonic()
         self._tokens = 0
 
-    def calls(self) -> Iterator[Call]:
-        """All that is due, read as it is asked for; keys are (shard, attempt, custom_id)."""
-        while (parcel := self._queue.first()) is not None:
+    def calls(self) -> Iterator[Call | None]:
+        """All that is due, read as it is asked for; keys are (shard, attempt, custom_id). None: nothing yet."""
+        while (parcel := self._queue.first()) is not None or self._queue.may_grow:
+            if parcel is None:
+                if not self._open:
+                    self._progress.update(0, note=self._queue.idle())
+                yield None
+                continue
             seal, rows = parcel.seal, as_ranges(parcel.positions)
             self._queue.remove_first(parcel)
             views = request_views(self._run, seal, rows)
@@ -202,6 +207,10 @@ class Live:
         opened.stream.close()
         _end(self._run, opened.seal.shard, opened.attempt.number, died=state == "died")
         del self._open[opened.seal.shard, opened.attempt.number]
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the shards that nothing is done with any more."""
         self._leases.release_all_but({shard for shard, _ in self._open} | self._queue.shards)
 
 

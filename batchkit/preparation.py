@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from batchkit.tallies import Report, Tally
 from batchkit.tasks import BATCH_KEYS, FILE_START, Place, Row, count_rows, first_row, read_rows
 from batchkit.workers import Hands, convert_all
 
+Sealed = Callable[[list[Seal]], None]
+
 
 def prepare(
     tasks: str | Path,
@@ -34,6 +36,7 @@ def prepare(
     workers: int | None = None,
     ray: str | None = None,
     progress: Progress | None = None,
+    sealed: Sealed = lambda seals: None,  # noqa: ARG005  # nobody wants to know
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
     """Prepare the rows of the file `tasks` as requests in the run directory `run`.
@@ -41,7 +44,8 @@ def prepare(
     `keywords` are the options that `PrepareOptions` describes; `model` is needed unless the rows are requests in OpenAI
     batch format. Rows that cannot become requests are rejected and counted, never dropped; with `strict` the first one
     raises `InputError`. `workers` is the number of processes, None for one a core; `ray` the address of a Ray cluster
-    whose machines do the work, and see the images under the same paths. Neither changes the result.
+    whose machines do the work, and see the images under the same paths. Neither changes the result. `sealed` is called
+    once with the shards that are there already, then with each new one; what it raises ends the preparation.
 
     Called again with the same input and options it goes on where it stopped, or does nothing. Raises `RunError` where
     the run was prepared with others, `InputError` for an unusable file, `UsageError` for unusable options.
@@ -56,7 +60,9 @@ def prepare(
                 f"{target.path}: prepared from {uri} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
-        return _judged(_prepare_rest(target, options, Hands(workers, ray), strict, progress or Silent()), options)
+        hands = Hands(workers, ray)
+        report = _prepare_rest(target, options, hands, strict=strict, progress=progress or Silent(), sealed=sealed)
+        return _judged(report, options)
 
 
 def plan(
@@ -184,13 +190,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _prepare_rest(run: Run, options: PrepareOptions, hands: Hands, strict: bool, progress: Progress) -> Report:
+def _prepare_rest(
+    run: Run, options: PrepareOptions, hands: Hands, *, strict: bool, progress: Progress, sealed: Sealed
+) -> Report:
     """Go on behind the last sealed shard, up to the seal of the preparation."""
     tally = Tally()
     uri = run.manifest.input.uri
     place, shards = FILE_START, 0
     seen = IdsSeen()
-    for seal in intact_seals(run):
+    intact = list(intact_seals(run))
+    for seal in intact:
         tally.add(seal)
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
     _announce(uri, options, progress)
@@ -198,15 +207,18 @@ def _prepare_rest(run: Run, options: PrepareOptions, hands: Hands, strict: bool,
     finished = run.prepared()
     if finished is not None and finished.shards == shards:
         tally.report.already = True
+        sealed(intact)
         return tally.report
     if options.input_format == "batch":
         for seal in itertools.islice(run.seals(), shards):
             seen.update(run.read_ids(seal))
     remove_leftovers(run, shards)
+    sealed(intact)
     root = run.manifest.options["image_root"]
     with closing(_sharded(uri, place, options, image_root=root, seen=seen, hands=hands)) as sharded:
         for seal in _written(run, shards, sharded, strict, progress):
             tally.add(seal)
+            sealed([seal])
     run.write_prepared(tally.prepared())
     return tally.report
 

@@ -15,7 +15,7 @@ import xxhash
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
 from batchkit.measures import Totals
-from batchkit.runs import Rejection, Run, Seal
+from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read, write_whole
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, read_rows
 
@@ -106,6 +106,8 @@ class ShardWriter:
         self._refuse_other_cut(seal)
         self._stack.close()
         self._run.write_seal(seal)
+        if self._run.job(self.shard).requests_deleted:  # made again only because an earlier shard had to be
+            self._run.requests_path(self.shard).unlink()
         return seal
 
     def _refuse_other_cut(self, seal: Seal) -> None:
@@ -133,7 +135,8 @@ class _AbandonedError(Exception):
 def intact_seals(run: Run) -> Iterator[Seal]:
     """The sealed shards up to the first that is damaged or lost: from there on `prepare` makes them again.
 
-    Rows and requests are checked by their sizes alone, so that a resume need not read the whole run.
+    Rows and requests are checked by their sizes alone, so that a resume need not read the whole run. Requests that were
+    deleted on purpose are not missed.
     """
     with contextlib.suppress(RunError):
         yield from itertools.takewhile(lambda seal: _is_intact(run, seal), run.seals())
@@ -141,11 +144,17 @@ def intact_seals(run: Run) -> Iterator[Seal]:
 
 def _is_intact(run: Run, seal: Seal) -> bool:
     try:
-        sizes = [path.stat().st_size for path in (run.rows_path(seal.shard), run.requests_path(seal.shard))]
+        rows = run.rows_path(seal.shard).stat().st_size
         ids = run.ids_path(seal.shard).read_bytes()
     except OSError:
         return False
-    return sizes == [seal.rows_bytes, seal.requests_bytes] and xxhash.xxh3_128_hexdigest(ids) == seal.ids_checksum
+    try:
+        requests = run.requests_path(seal.shard).stat().st_size
+    except OSError:
+        requests = seal.requests_bytes if run.job(seal.shard).requests_deleted else -1
+    return (rows, requests) == (seal.rows_bytes, seal.requests_bytes) and xxhash.xxh3_128_hexdigest(
+        ids
+    ) == seal.ids_checksum
 
 
 def remove_leftovers(run: Run, shards: int) -> None:
@@ -222,7 +231,7 @@ def _no_room(exc: sqlite3.OperationalError) -> StorageError:
 def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
     """As `request_lines`, without line feeds and without a copy: parts of the file as it is mapped into memory. The
     file is checked before the first line."""
-    path = run.requests_path(seal.shard)
+    path = _requests_there(run, seal)
     with open(path, "rb") as stream:
         if not seal.requests_bytes or os.fstat(stream.fileno()).st_size != seal.requests_bytes:
             raise _not_as_sealed(path)
@@ -241,7 +250,7 @@ def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iter
 def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The lines of some rows of a shard, with their line feeds. Raises `RunError`, behind the last one at the latest,
     where the file is not the one that was sealed."""
-    path, digest = run.requests_path(seal.shard), xxhash.xxh3_128()
+    path, digest = _requests_there(run, seal), xxhash.xxh3_128()
     wanted = _wanted(seal, rows)
     with open_read(str(path)) as stream:
         for line in stream:
@@ -250,6 +259,13 @@ def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iter
                 yield line
     if digest.hexdigest() != seal.requests_checksum:
         raise _not_as_sealed(path)
+
+
+def _requests_there(run: Run, seal: Seal) -> Path:
+    path = run.requests_path(seal.shard)
+    if not path.exists():
+        raise RunError(f"{path}: is missing", hint=PREPARE_AGAIN)
+    return path
 
 
 def _wanted(seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bool]:
