@@ -95,7 +95,8 @@ def _not_written(path: str | Path, exc: OSError) -> StorageError:
 
 
 class Live:
-    """The shards of one `submit` while their requests are at servers. `backend` is how results name who answered."""
+    """The shards of one `submit` while their requests are at servers. `backend` is how results name who answered,
+    `total` what the progress was told of."""
 
     def __init__(
         self,
@@ -119,6 +120,8 @@ class Live:
         self._open: dict[tuple[int, int], _Open] = {}
         self._synced = time.monotonic()
         self._tokens = 0
+        self._planned = 0
+        self.total = 0
 
     def calls(self) -> Iterator[Call | None]:
         """All that is due, read as it is asked for; keys are (shard, attempt, custom_id). None: nothing yet."""
@@ -133,6 +136,10 @@ class Live:
             views = request_views(self._run, seal, rows)
             first = next(views)  # raises where the file is not what was sealed, before anything is sent of it
             number = self._begin(seal, rows, len(parcel.positions))
+            self._planned += len(parcel.positions)
+            if self._planned > self.total:  # of shards that were not there when it began
+                self.total = self._planned
+                self._progress.grow(self.total)
             for line in itertools.chain([first], views):
                 custom_id, url, body = _split(line, foreign=self._foreign)
                 tokens = self._tokens_of(bytes(line)) if self._count_tokens else 0

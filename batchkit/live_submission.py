@@ -145,7 +145,8 @@ def ask_servers(
         if recovered := live.recover(run, feed.seals, BACKENDS, leases):
             progress.say(f"went on with {recovered} shards that an earlier batchkit left in the middle")
         due = Scan(run, feed.chosen, attempts=common.attempts, retry=common.retry, only=common.only).due
-        progress.grow(due if common.limit is None else min(due, common.limit))
+        due = due if common.limit is None else min(due, common.limit)
+        progress.grow(due)
         queue = Queue(
             run,
             feed,
@@ -163,6 +164,7 @@ def ask_servers(
             progress=progress,
             count_tokens=pacing.tokens_per_minute > 0,
         )
+        work.total = due
         try:
             server.ask(endpoints, run.manifest.model, pacing, work.calls(), work.take, say=progress.say, check=check)
         finally:

@@ -112,9 +112,11 @@ def run(
         check_names(names_in_use, prefix)
 
     stages = Stages(make, send, check, show, prepared, submitted)
-    with clusters.connected(ray) if ray is not None else contextlib.nullcontext(), _kept() as kept:
-        # What is to be weighed as a whole, or is handed over in one go, is prepared as a whole first.
-        if wait and max_cost is None and not _is_prepared(run):
+    with clusters.connected(ray) if ray is not None else contextlib.nullcontext() as cluster, _kept() as kept:
+        # What is to be weighed as a whole, or is handed over in one go, is prepared as a whole first; and where engines
+        # and prepare would wait for the same CPUs of a cluster.
+        room_for_both = cluster is None or any(node.gpus for node in clusters.nodes(cluster))
+        if wait and max_cost is None and room_for_both and not _is_prepared(run):
             stages.overlapped(shards=shards, delete_sent=delete_sent)
         else:
             stages.in_turn(run, delete_sent=delete_sent)

@@ -18,6 +18,11 @@ class FakeReplica(Replica):
         super().__init__(**given)
 
 
+class GpuReplica(FakeReplica):
+    def hello(self) -> dict[str, Any]:
+        return {**super().hello(), "notes": [os.environ["CUDA_VISIBLE_DEVICES"]]}
+
+
 class OldReplica(FakeReplica):
     def hello(self) -> dict[str, Any]:
         return {**super().hello(), "batchkit": "0.0.1"}

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from batchkit import clusters, engines, rounds
+from batchkit import clusters, engines, pipeline, rounds
 from batchkit.backends import vllm_ray
 from batchkit.clusters import Node
 from batchkit.errors import BatchkitError, EngineError, UsageError
@@ -30,7 +30,7 @@ from batchkit.runs import Run
 from batchkit.submission import submit
 from tests import test_engine
 from tests.conftest import WriteTasks
-from tests.fake_replica import FakeReplica, OldReplica
+from tests.fake_replica import FakeReplica, GpuReplica, OldReplica
 from tests.test_submission import (
     Fake,
     MakeRun,
@@ -49,7 +49,7 @@ pytestmark = [pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def cluster() -> Iterator[Any]:
     """A cluster of two nodes of one CPU each, which this process is not connected to."""
     from ray.cluster_utils import Cluster
 
@@ -58,13 +58,18 @@ def address() -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=1)
-        yield str(cluster.address)
+        yield cluster
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
         if before is None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def address(cluster: Any) -> str:
+    return str(cluster.address)
 
 
 class FarFake(Fake):
@@ -336,6 +341,30 @@ def test_what_an_engine_takes_of_the_cluster(nodes: list[Node], replicas: int, s
 def test_a_cluster_that_is_too_small_is_told(nodes: list[Node], size: int) -> None:
     with pytest.raises(EngineError, match=r"needs 4 GPUs .* 2 at most|neither GPUs nor CPUs"):
         vllm_ray._fit(nodes, 1, size, "a")
+
+
+def test_each_engine_gets_gpus_of_its_own(
+    cluster: Any, address: str, fake: FarFake, make_run: MakeRun, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_ray, "Replica", GpuReplica)
+    node = cluster.add_node(num_cpus=0, num_gpus=4)
+    try:
+        fake.set(seconds=1.0)
+        args = ("--tensor-parallel-size", "2")
+        assert submit(make_run(100), ray=address, replicas=2, engine_args=args).exit_code == 0
+        given = [set(slot.hello["notes"][0].split(",")) for slot in seen[0]._slots if slot.hello]
+        assert len(given) == 2
+        assert given[0] | given[1] == {"0", "1", "2", "3"}
+    finally:
+        cluster.remove_node(node)
+
+
+def test_run_prepares_and_sends_on_a_cluster(
+    address: str, fake: FarFake, write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    tasks = write_tasks([{"id": n, "question": f"{n}?"} for n in range(120)])
+    summary = pipeline.run(tasks, tmp_path / "run", model="m", max_requests=50, ray=address, replicas=2)
+    assert summary.verdicts["answered"] == 120
 
 
 # -- prepare ---------------------------------------------------------------------------------------------------------
