@@ -207,11 +207,12 @@ class Live:
     def stop(self) -> None:
         """Close what is open: the requests without a reply are pending again."""
         for opened in list(self._open.values()):
-            self._close(opened, "died")
+            self._close(opened, "died" if opened.left else "collected")
 
     def _close(self, opened: _Open, state: str) -> None:
-        opened.sync()
-        opened.stream.close()
+        if not opened.stream.closed:  # a signal may have come between these steps
+            opened.sync()
+            opened.stream.close()
         _end(self._run, opened.seal.shard, opened.attempt.number, died=state == "died")
         del self._open[opened.seal.shard, opened.attempt.number]
         self.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from batchkit import batch_submission, client, engines, feeds, live_submission, pipeline, shardfiles
 from batchkit.client import Pacing
@@ -208,7 +210,8 @@ def test_killed_in_the_middle_the_same_command_goes_on(
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     wait_for(lambda: sum(server.answered.values()) > 60)
     process.send_signal(number)
-    assert process.wait(20) == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    said = process.communicate(timeout=20)[1].decode()
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
     server.delay = 0.0
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
@@ -291,7 +294,7 @@ def test_deleted_requests_that_are_wanted_again_are_made_again(tmp_path: Path, s
     prepare(tasks, tmp_path / "run", **make)  # type: ignore[arg-type]
     assert requests_left(tmp_path / "run") == ["00002.jsonl"], "only what is wanted"
     assert submit(tmp_path / "run", **retry).sent == 1  # type: ignore[arg-type]
-    assert merge(tmp_path / "run").verdicts["answered"] == 60
+    assert merge(tmp_path / "run").verdicts[Verdict.ANSWERED] == 60
 
 
 def test_requests_that_are_lost_are_told_and_made_again(tmp_path: Path, server: Server) -> None:
@@ -317,3 +320,46 @@ def test_a_pilot_with_delete_sent_prepares_no_more_than_it_needs(tmp_path: Path,
 def test_delete_sent_goes_without_parts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--shards"):
         run_all(write(tmp_path, 3), tmp_path / "run", delete_sent=True, shards="1/2")
+
+
+# -- the documentation -----------------------------------------------------------------------------------------------
+
+DOCS = (ROOT / "docs" / "clusters.md").read_text("utf-8")
+
+
+def test_the_slurm_script_of_the_docs_sends_each_job_a_part(tmp_path: Path, server: Server) -> None:
+    tasks = write(tmp_path, 80)
+    prepare(tasks, tmp_path / "my-run", model="m", backend="server", max_requests=5, workers=1)
+    script = re.search(r"```bash\n(.*?)```", DOCS, re.DOTALL)
+    assert script is not None
+    (tmp_path / "array.sbatch").write_text(script[1].replace(" -- --max-model-len 8192", f" --endpoints {server.url}"))
+    shim = tmp_path / "batchkit"
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m batchkit "$@"\n')
+    shim.chmod(0o755)
+    count = re.search(r"--array=1-(\d+)", script[1])
+    assert count is not None
+    for number in range(1, int(count[1]) + 1):
+        slurm = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": count[1]}
+        environment = {**os.environ, **slurm, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "array.sbatch"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert sum(server.asked.values()) == 10 * number
+    assert set(server.asked.values()) == {1}
+
+
+def test_the_workflow_of_the_docs_keeps_the_run_from_step_to_step(tmp_path: Path, provider: Provider) -> None:
+    write(tmp_path, 20)
+    workflow = re.search(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
+    assert workflow is not None
+    steps = yaml.safe_load(workflow[1])["jobs"]["step"]["steps"]
+    script = next(step["run"] for step in steps if "batchkit run" in step.get("run", ""))
+    shim = tmp_path / "batchkit"
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m batchkit "$@"\n')
+    shim.chmod(0o755)
+    provider.polls = 1
+    keys = {"OPENAI_API_KEY": provider.key, "OPENAI_BASE_URL": f"{provider.url}/v1"}
+    environment = {**os.environ, **keys, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(3):  # as GitHub runs it: bash -e
+        subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert set(provider.paid.values()) == {1}
+    assert len(answers(tmp_path / "my-run")) == 20
+    assert {verdict for _, _, verdict in answers(tmp_path / "my-run")} == {"answered"}

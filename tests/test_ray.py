@@ -20,12 +20,13 @@ import psutil
 import pytest
 
 from batchkit import clusters, engines, pipeline, rounds
-from batchkit.backends import vllm_ray
+from batchkit.backends import vllm_ray, vllm_remote
 from batchkit.clusters import Node
 from batchkit.errors import BatchkitError, EngineError, UsageError
 from batchkit.preparation import prepare
 from batchkit.processes import MARK
 from batchkit.progress import Silent
+from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
 from tests import test_engine
@@ -171,7 +172,7 @@ def test_two_replicas_share_the_work(address: str, fake: FarFake, make_run: Make
 def test_inputs_and_outputs_travel_in_pieces(
     address: str, fake: FarFake, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_ray, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(vllm_remote, "PIECE_BYTES", 1000)
     run = make_run(120)
     assert submit(run, ray=address).exit_code == 0
     assert_each_answered_by_its_own(run)
@@ -344,14 +345,14 @@ def test_a_cluster_that_is_too_small_is_told(nodes: list[Node], size: int) -> No
 
 
 def test_each_engine_gets_gpus_of_its_own(
-    cluster: Any, address: str, fake: FarFake, make_run: MakeRun, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+    cluster: Any, fake: FarFake, make_run: MakeRun, seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_ray, "Replica", GpuReplica)
     node = cluster.add_node(num_cpus=0, num_gpus=4)
     try:
         fake.set(seconds=1.0)
         args = ("--tensor-parallel-size", "2")
-        assert submit(make_run(100), ray=address, replicas=2, engine_args=args).exit_code == 0
+        assert submit(make_run(100), ray=cluster.address, replicas=2, engine_args=args).exit_code == 0
         given = [set(slot.hello["notes"][0].split(",")) for slot in seen[0]._slots if slot.hello]
         assert len(given) == 2
         assert given[0] | given[1] == {"0", "1", "2", "3"}
@@ -364,7 +365,7 @@ def test_run_prepares_and_sends_on_a_cluster(
 ) -> None:
     tasks = write_tasks([{"id": n, "question": f"{n}?"} for n in range(120)])
     summary = pipeline.run(tasks, tmp_path / "run", model="m", max_requests=50, ray=address, replicas=2)
-    assert summary.verdicts["answered"] == 120
+    assert summary.verdicts[Verdict.ANSWERED] == 120
 
 
 # -- prepare ---------------------------------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def kill_one(run: Run, seen: list[vllm_ray.RayVllm], how: str) -> None:
     wait_for(lambda: slot.engine.poll() is not None, 60)
 
 
-def _says(engine: vllm_ray.RemoteEngine | None, text: str) -> bool:
+def _says(engine: vllm_remote.RemoteEngine | None, text: str) -> bool:
     assert engine is not None
     log = engine._folder / "log.txt"
     return log.exists() and text in log.read_text(errors="replace")
