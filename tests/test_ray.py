@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,11 +22,10 @@ from batchkit import clusters, engines, pipeline, rounds
 from batchkit.backends import vllm_ray, vllm_remote
 from batchkit.clusters import Node
 from batchkit.errors import BatchkitError, EngineError, UsageError
+from batchkit.keeper import members
 from batchkit.preparation import prepare
-from batchkit.processes import MARK
 from batchkit.progress import Silent
 from batchkit.responses import Verdict
-from batchkit.runs import Run
 from batchkit.submission import submit
 from tests import test_engine
 from tests.conftest import WriteTasks
@@ -50,22 +48,27 @@ pytestmark = [pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def far_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the machines of the cluster put what they put on the disk."""
+    return tmp_path_factory.mktemp("far")
+
+
+@pytest.fixture(scope="module")
+def cluster(far_folder: Path) -> Iterator[Any]:
     """A cluster of two nodes of one CPU each, which this process is not connected to."""
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)  # what is installed on the machines of a cluster
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(ROOT))  # what is installed on the machines of a cluster
+    patch.setenv("TMPDIR", str(far_folder))
+    patch.setenv("RAY_TMPDIR", "/tmp")  # noqa: S108  # its sockets need a short path
     try:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
-        yield cluster
     finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        patch.undo()
+    yield cluster
+    cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +96,15 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FarFake:
     return FarFake(tmp_path, monkeypatch)
 
 
-def engine_processes() -> list[int]:
-    """Processes of any engine that bear its mark, here the fake engine's."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "fake_engine.py" in line or "run_batch" in line:
-            found.append(process.pid)
-    return found
+def engine_processes(far_folder: Path) -> list[int]:
+    """The engines of this cluster that run: their input is in its folder."""
+    lines = {process.pid: " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
+    return [pid for pid, line in lines.items() if f"-i {far_folder}/bkit-ray-" in line]
 
 
-def folders() -> set[Path]:
+def folders(far_folder: Path) -> set[Path]:
     """What actors have put on the disk."""
-    return set(Path(tempfile.gettempdir()).glob("bkit-ray-*"))
+    return set(far_folder.glob("bkit-ray-*"))
 
 
 def kill(slot: Any, how: str) -> None:
@@ -180,11 +179,17 @@ def test_inputs_and_outputs_travel_in_pieces(
 
 @pytest.mark.parametrize(("how", "minor"), [("ray.kill", 32), ("ray.kill", 33), ("SIGKILL", 32), ("SIGKILL", 33)])
 def test_what_a_dead_actor_had_goes_to_another(
-    address: str, fake: FarFake, make_run: MakeRun, seen: list[vllm_ray.RayVllm], *, how: str, minor: int
+    address: str,
+    far_folder: Path,
+    fake: FarFake,
+    make_run: MakeRun,
+    seen: list[vllm_ray.RayVllm],
+    *,
+    how: str,
+    minor: int,
 ) -> None:
     fake.set(minor=minor, seconds=4, death="stream" if minor == 33 else "lines")
     run = make_run(200)
-    before = folders()
     thread = InThread(lambda: submit(run, ray=address, replicas=2))
     wait_for(lambda: len(fake.starts) == 2, 60)
     if minor == 33:
@@ -200,8 +205,8 @@ def test_what_a_dead_actor_had_goes_to_another(
     assert 0 < len(again) <= 100, "only what the dead actor had is asked again"
     if minor == 33:
         assert len(again) < 100, "what it had answered is kept"
-    wait_for(lambda: not engine_processes())
-    wait_for(lambda: folders() <= before, 10)  # its keeper removes what was its input
+    wait_for(lambda: not engine_processes(far_folder))
+    wait_for(lambda: not folders(far_folder), 10)  # its keeper removes what was its input
 
 
 def test_a_poisonous_request_is_found_there_as_here(address: str, fake: FarFake, make_run: MakeRun) -> None:
@@ -229,7 +234,7 @@ submit(sys.argv[1], ray=sys.argv[2], replicas=2)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_batchkit_killed_leaves_nothing_running_and_goes_on(
-    address: str, fake: FarFake, make_run: MakeRun, number: signal.Signals
+    address: str, far_folder: Path, fake: FarFake, make_run: MakeRun, number: signal.Signals
 ) -> None:
     fake.set(minor=33, seconds=15, death="stream")
     run = make_run(200)
@@ -237,7 +242,7 @@ def test_batchkit_killed_leaves_nothing_running_and_goes_on(
     wait_for(lambda: verdicts(run)["answered"] > 20 if len(fake.starts) == 2 else False, 60)
     process.send_signal(number)
     assert process.wait(30) in (-9, 1, 130, -2, 143)
-    wait_for(lambda: not engine_processes(), 30)
+    wait_for(lambda: not engine_processes(far_folder), 30)
     fake.set()
     report = submit(run, ray=address, replicas=2)
     assert report.sent < 200, "what had come is kept"
@@ -411,7 +416,7 @@ def test_images_that_the_machines_do_not_see_reject_no_row(
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_real_engines_on_two_nodes_one_actor_killed_in_the_middle(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[vllm_ray.RayVllm]
+    address: str, far_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[vllm_ray.RayVllm]
 ) -> None:
     for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -420,8 +425,9 @@ def test_real_engines_on_two_nodes_one_actor_killed_in_the_middle(
         tmp_path, list(test_engine.tasks(1200)), max_requests=150, max_tokens=40, extra_body={"ignore_eos": True}
     )
     thread = InThread(lambda: submit(run, ray=address, replicas=2, engine_args=test_engine.ENGINE_ARGS))
+    known: set[int] = set()
     for how in ("ray.kill", "SIGKILL"):
-        kill_one(run, seen, how)
+        known |= kill_one(seen, how, far_folder)
     report = thread.finish(600)
     assert report.deaths == 2
     assert report.exit_code == 0
@@ -434,14 +440,15 @@ def test_real_engines_on_two_nodes_one_actor_killed_in_the_middle(
     )
     assert set(responses.values()) == {1}
     assert len(responses) == 1200
-    wait_for(lambda: not engine_processes(), 30)
-    left = [process for process in psutil.process_iter(["name", "cmdline"]) if _is_of_an_engine(process)]
-    assert left == []
+    wait_for(lambda: not engine_processes(far_folder), 30)
+    for engine in known:
+        assert members(engine) == [], "not even a process of its session"
+    assert len(known) >= 2
     print(f"{report.starts} starts, {report.seconds:.0f} s")
 
 
-def kill_one(run: Run, seen: list[vllm_ray.RayVllm], how: str) -> None:
-    """Kill an actor whose engine is at work on its requests."""
+def kill_one(seen: list[vllm_ray.RayVllm], how: str, far_folder: Path) -> set[int]:
+    """Kill an actor whose engine is at work on its requests. Returns the engines that there were."""
     wait_for(lambda: seen, 60)
 
     def at_work() -> Any:
@@ -449,18 +456,13 @@ def kill_one(run: Run, seen: list[vllm_ray.RayVllm], how: str) -> None:
         return next((slot for slot in slots if _says(slot.engine, "Running batch")), None)
 
     slot = wait_for(at_work, 240)
+    known = set(engine_processes(far_folder))
     kill(slot, how)
     wait_for(lambda: slot.engine.poll() is not None, 60)
+    return known
 
 
 def _says(engine: vllm_remote.RemoteEngine | None, text: str) -> bool:
     assert engine is not None
     log = engine._folder / "log.txt"
     return log.exists() and text in log.read_text(errors="replace")
-
-
-def _is_of_an_engine(process: psutil.Process) -> bool:
-    try:
-        return any(name.startswith(MARK) for name in process.environ()) or "VLLM::" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
