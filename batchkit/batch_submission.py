@@ -13,6 +13,7 @@ from batchkit.attempts import Tracked
 from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.costs import Costs, refuse_too_dear
 from batchkit.errors import UsageError
+from batchkit.feeds import Feed
 from batchkit.handover import Cost, Pace, Settings
 from batchkit.limits import OWN, who_runs
 from batchkit.parcels import is_foreign
@@ -53,15 +54,14 @@ class ServiceKeywords(TypedDict, total=False):
 
 def submit_run(
     run: Run,
-    seals: Mapping[int, Seal],
-    chosen: Sequence[Seal],
+    feed: Feed,
     backend: str,
     *,
     common: Settings,
     progress: Progress,
     keywords: ServiceKeywords,
 ) -> SubmitReport:
-    """`submit` for the batch service `backend`, of the shards `chosen`."""
+    """`submit` for the batch service `backend`, of the shards of `feed`."""
     target = targets.choose(
         run,
         backend,
@@ -84,17 +84,17 @@ def submit_run(
     settings = _settings(common, keywords, key_env)
     settle(
         run,
-        seals,
+        feed.seals,
         service,
         adopt=keywords.get("adopt", ()),
         resend=keywords.get("resend", ()),
         say=progress.say,
     )
     costs = Costs(run, target.prices)
-    refuse_too_dear(run, chosen, costs, settings)
+    refuse_too_dear(run, feed.chosen, costs, settings)
     return submit_batches(
         run,
-        chosen,
+        feed,
         target=target,
         service=service,
         settings=settings,
@@ -119,7 +119,7 @@ def _settings(common: Settings, keywords: ServiceKeywords, key_env: str) -> Sett
 
 def submit_batches(
     run: Run,
-    seals: Sequence[Seal],
+    feed: Feed,
     *,
     target: Target,
     service: Service,
@@ -127,13 +127,13 @@ def submit_batches(
     estimate: Callable[[Seal, Sequence[int]], Cost],
     progress: Progress,
 ) -> SubmitReport:
-    """Hand the shards `seals` over, and collect what is done. Raises what `Services.go` raises, and `RunBusyError`
+    """Hand the shards of `feed` over, and collect what is done. Raises what `Services.go` raises, and `RunBusyError`
     where other processes hold all there is to do."""
     report = SubmitReport()
-    with Leases(run) as leases:
+    with Leases(run, feed.leave) as leases:
         services = Services(
             run,
-            seals,
+            feed,
             service=service,
             limits=target.limits,
             settings=settings,
@@ -146,7 +146,7 @@ def submit_batches(
         services.go()
         if services.busy is not None and not report.sent and not report.responses:
             raise services.busy
-    count(run, seals, report, attempts=settings.attempts)
+    count(run, feed.chosen, report, attempts=settings.attempts)
     return report
 
 

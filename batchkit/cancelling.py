@@ -11,6 +11,7 @@ from batchkit import batch_submission, targets
 from batchkit.batch_submission import count, submit_batches
 from batchkit.batches import PassingError, RefusedError, Service
 from batchkit.errors import RunBusyError, UsageError
+from batchkit.feeds import Feed
 from batchkit.handover import Cost, Settings
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
@@ -58,7 +59,7 @@ def cancel(
     try:
         submitted = submit_batches(
             run,
-            seals,
+            Feed(seals),
             target=target,
             service=service,
             settings=Settings(key_env=key_env, wait=wait, sends=False, pace=pace),

@@ -19,6 +19,7 @@ from batchkit.cli_options import (
     merge_options,
     pilot_option,
     prepare_options,
+    ray_option,
     server_options,
     service_options,
     settle_options,
@@ -74,9 +75,10 @@ def main() -> None:
 @click.argument("tasks")
 @click.argument("run")
 @prepare_options
+@ray_option
 @click.option("--limit", type=click.IntRange(0), help="At most so many rows.")
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be made (exactly), write nothing.")
-def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, strict: bool, **options: Any) -> None:
+def prepare_command(tasks: str, run: str, *, plan_only: bool, strict: bool, **options: Any) -> None:
     """Make requests of the rows in TASKS, in the run directory RUN.
 
     TASKS is a JSONL file: one JSON object a line. Again with the same options, it goes on where it stopped.
@@ -87,12 +89,13 @@ def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, 
     from batchkit import preparation
     from batchkit.progress import Console
 
+    hands = {name: options.pop(name) for name in ("workers", "ray")}
     with Console("prepare") as progress:
         keywords = _prepare_keywords(options)
         if plan_only:
-            report = preparation.plan(tasks, workers=workers, progress=progress, **keywords)
+            report = preparation.plan(tasks, progress=progress, **hands, **keywords)
         else:
-            report = preparation.prepare(tasks, run, strict=strict, workers=workers, progress=progress, **keywords)
+            report = preparation.prepare(tasks, run, strict=strict, progress=progress, **hands, **keywords)
     cli_messages.tell_prepared(report, plan_only=plan_only)
     if not plan_only:
         served = " --engine serve" if options["backend"] == "vllm" and options["url"] in SERVED else ""
@@ -122,6 +125,7 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
 )
 @pilot_option
 @submit_options
+@ray_option
 @server_options
 @service_options
 @settle_options
@@ -278,12 +282,20 @@ def evaluate_command(run: str | None, as_json: bool, **options: Any) -> None:
 @prepare_options
 @pilot_option
 @submit_options
+@ray_option
 @server_options
 @service_options
 @merge_options
+@click.option(
+    "--delete-sent",
+    is_flag=True,
+    help="Delete the requests of shards that have their answers, and keep few ahead: for disks that are too small.",
+)
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
 def run_command(tasks: str, run: str, **options: Any) -> None:
     """Prepare, submit and merge in one. Again, it goes on where it stopped.
+
+    The first shard is sent while the others are prepared.
 
     \b
     batchkit run tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct -- --max-model-len 8192

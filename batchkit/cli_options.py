@@ -182,6 +182,12 @@ submit_options = add_options(
     click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
 )
 
+ray_option = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Work on the machines of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Needs batchkit-vlm[ray].",
+)
+
 service_options = add_options(
     click.option(
         "--wait/--no-wait", default=True, help="--no-wait: hand over, collect what is done, return. [default: --wait]"

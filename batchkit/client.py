@@ -44,6 +44,10 @@ MOST_LOST = 100
 
 MOST_SUSPECTS = 10
 
+END = object()
+SOURCE_SECONDS = 0.1
+"""Between two looks whether there is a call, where there was none yet."""
+
 LONGEST_WAIT = 60.0
 CONNECT_SECONDS = 30.0
 UNSENT_TRIES = 1000
@@ -126,8 +130,9 @@ class Client:
         self._failure: NoEndpointError | RefusingError | None = None
         self._lost = 0
 
-    async def run(self, source: Iterator[Call], done: Callable[[Reply], None]) -> None:
-        """Make all calls of `source`, which is read as slots become free, and give each reply to `done`.
+    async def run(self, source: Iterator[Call | None], done: Callable[[Reply], None]) -> None:
+        """Make all calls of `source`, which is read as slots become free, and give each reply to `done`. A None means
+        that there is none yet.
 
         Raises `NoEndpointError` and `RefusingError`, when the calls under way have ended; whatever `source` or `done`
         raise, having cancelled these.
@@ -161,8 +166,11 @@ class Client:
         for endpoint in self._endpoints:
             self._clear(endpoint)
 
-    async def _work(self, source: Iterator[Call]) -> None:
-        while self._failure is None and (call := next(source, None)) is not None:
+    async def _work(self, source: Iterator[Call | None]) -> None:
+        while self._failure is None and (call := next(source, END)) is not END:
+            if not isinstance(call, Call):
+                await asyncio.sleep(SOURCE_SECONDS)
+                continue
             try:
                 reply = await self._answer(call)
             except (NoEndpointError, RefusingError) as exc:

@@ -44,7 +44,7 @@ class Converter:
     def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool) -> None:
         self._options = options
         self._limits = options.limits
-        self._root = Path(image_root)
+        self.root = Path(image_root)
         self._batch_format = batch_format
         self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
@@ -146,7 +146,7 @@ class Converter:
     def _picture(self, image: ImageReference) -> Picture:
         if not self._options.endpoint.takes("image_field", self._options.backend):
             raise RowError("image", f"{self._options.url} of {self._options.backend} takes no images")
-        return images.load(image.source, self._root, self._image_options, name=f"(field {image.field!r})")
+        return images.load(image.source, self.root, self._image_options, name=f"(field {image.field!r})")
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

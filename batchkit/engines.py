@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections.abc import Mapping
 
 import msgspec
-import psutil
 
 from batchkit import sessions
 from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Plan
 from batchkit.errors import BatchkitError
+from batchkit.feeds import Feed
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.rounds import Group, Key, Pool, plan_room
@@ -26,6 +27,8 @@ from batchkit.work import Leases, SpeedFile, Work
 POLL_SECONDS = 0.25
 FOLLOW_SECONDS = 2.0
 EXCUSE_SECONDS = 5.0
+MOST_LOST = 5
+"""Engines in a row that went down with where they ran, and had answered nothing: then it may be their doing."""
 
 
 class _Active(msgspec.Struct, kw_only=True):
@@ -45,16 +48,17 @@ class Engines:
     def __init__(
         self,
         run: Run,
-        seals: dict[int, Seal],
+        feed: Feed,
         *,
-        runner: vllm.Vllm,
+        runner: vllm.Runner,
         work: Work,
         leases: Leases,
         report: SubmitReport,
         progress: Progress,
     ) -> None:
         self._run = run
-        self._seals = seals
+        self._feed = feed
+        self._seals: Mapping[int, Seal] = feed.seals
         self._runner = runner
         self._work = work
         self._leases = leases
@@ -63,6 +67,7 @@ class Engines:
         self._speed = SpeedFile(run, runner.args)
         self._active: dict[int, _Active] = {}
         self._excused = False
+        self._lost = 0
 
     def go(self, pool: Pool) -> None:
         """Until nothing is left that can be done now. `pool` gets its requests from `take_fresh`."""
@@ -70,7 +75,7 @@ class Engines:
         for note in self._runner.notes if self._work.due else ():
             self._progress.say(note)
         try:
-            while self._fill() or self._active:
+            while self._take_new() or self._fill() or self._active or self._waits():
                 for slot in list(self._active):
                     self._look(slot)
         finally:
@@ -78,12 +83,23 @@ class Engines:
 
     # -- starting
 
+    def _take_new(self) -> bool:
+        """Take in the shards that were sealed since the last time. Returns whether there were any."""
+        new = self._feed.take()
+        if new:
+            found = self._work.add(new)
+            self._report.remaining += found.due + found.in_flight
+            self._report.in_flight += found.in_flight
+            self._report.unanswered += found.unanswered
+            self._progress.grow(self._report.responses + self._report.remaining)
+        return bool(new)
+
     def take_fresh(self) -> list[Key]:
         """Requests that were not sent in this submit, as many as one start should take."""
         room = plan_room(
             due=self._work.due,
             speed=self._speed.known,
-            memory=psutil.virtual_memory().available,
+            memory=self._runner.memory(),
             disk=shutil.disk_usage(self._run.path).free,
             streams=self._runner.streams,
             replicas=self._runner.replicas,
@@ -93,7 +109,7 @@ class Engines:
 
     def _fill(self) -> bool:
         """Give every idle slot something to do. Returns whether any was given."""
-        idle = [slot for slot in range(self._runner.replicas) if slot not in self._active]
+        idle = [slot for slot in range(self._runner.replicas) if slot not in self._active and self._runner.is_up(slot)]
         return any([self._start(slot) for slot in idle])  # noqa: C419  # all of them, not until the first
 
     def _start(self, slot: int) -> bool:
@@ -106,6 +122,20 @@ class Engines:
         sessions.mark_running(self._run, plan)
         self._report.starts += 1
         self._report.sent += len(group.keys)
+        return True
+
+    def _waits(self) -> bool:
+        """Whether there is something to do and no engine to do it, or will be. Waits a little then."""
+        if self._work.is_empty and self._pool.is_empty:
+            if self._work.is_limited or not self._feed.is_open:
+                return False
+            self._feed.idle()
+            self._progress.update(0, note=self._feed.stage)
+            time.sleep(POLL_SECONDS)
+            return True
+        if all(self._runner.is_up(slot) for slot in range(self._runner.replicas)):
+            return False
+        time.sleep(POLL_SECONDS)
         return True
 
     # -- watching
@@ -135,6 +165,9 @@ class Engines:
         active = self._active[slot]
         found = self._collect(active, died=end.exit_code != 0, message=f"the engine died: {end.cause.text}")
         del self._active[slot]
+        if end.cause.kind == "lost" and end.exit_code:
+            self._lose(active, end, found)
+            return
         if self._did_not_start(end, found):
             self._pool.give_back(active.group)
             return
@@ -146,6 +179,19 @@ class Engines:
         refused = end.cause.kind == "request" and not end.ready
         self._pool.report(active.group, rest=rest, answers=found.answers, died=found.died, certain=refused)
         self._condemn(end)
+        self._leases.release_all_but(self._busy_shards())
+
+    def _lose(self, active: _Active, end: vllm.End, found: Collected) -> None:
+        """The engine went down with its machine: that is no fault of its requests, which another engine gets."""
+        rest = [key for key in active.group.keys if key not in found.answered]
+        self._tell_death(end, len(rest))
+        self._lost = 0 if found.answered else self._lost + 1
+        if self._lost > MOST_LOST:
+            raise self._runner.explain(end)
+        if rest:
+            self._pool.give_back(msgspec.structs.replace(active.group, keys=rest))
+        else:
+            self._pool.report(active.group, rest=rest, answers=found.answers, died=False)
         self._leases.release_all_but(self._busy_shards())
 
     def _collect(self, active: _Active, *, died: bool, message: str) -> Collected:
@@ -191,7 +237,7 @@ class Engines:
             self._report.remaining -= 1
             self._report.responses += 1
             self._report.unanswered += 1
-        nothing_else = not self._active and not self._pool.shards() and self._work.is_empty
+        nothing_else = not self._feed.is_open and not self._active and not self._pool.shards() and self._work.is_empty
         if self._pool.broken or (self._pool.doubtful and nothing_else):
             raise self._runner.explain(end)
 

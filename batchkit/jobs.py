@@ -85,3 +85,4 @@ class Attempt(msgspec.Struct, kw_only=True):
 class Job(msgspec.Struct, kw_only=True):
     shard: int
     attempts: list[Attempt] = []
+    requests_deleted: bool = False

@@ -4,10 +4,14 @@ It runs as a script, in a process and a session of its own (`python -I -S keeper
 standard library, and outlives a batchkit that is killed with SIGKILL. batchkit holds the other end of its standard
 input: when that closes, whatever the reason, the engine is ended. `processes` talks to it; the protocol is JSON lines:
 
-    in    {"command": […], "environment": {…}, "log": …, "identity": …, "scratch": …, "parent": …, "grace": …}
+    in    {"command": […], "environment": {…}, "log": …, "identity": …, "scratch": …, "parent": …, "grace": …,
+           "parent_started": …, "orphan": …}
     out   {"pid": …, "started": …}      the engine runs, and its identity is on the disk
     out   {"exit": …}                   all of it has ended; negative is the signal that ended its main process
     out   {"error": …}                  nothing was started
+
+With `orphan`, a folder, it is no child of batchkit's process: Ray kills the children of an actor before it ends it, and
+then nobody would end the engine. The folder is removed when that process has died.
 """
 
 from __future__ import annotations
@@ -107,6 +111,8 @@ def _main() -> None:
     if not line:
         return
     spec = json.loads(line)
+    if spec["orphan"] and os.fork():
+        os._exit(0)
     gate_read, gate_write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -120,12 +126,14 @@ def _main() -> None:
         os.write(gate_write, b"!")
         os.close(gate_write)
         _say({"pid": pid, "started": started})
-        code = _watch(pid, spec["parent"])
+        code = _watch(pid, spec)
     except OSError as exc:
         _say({"error": f"{exc.strerror}: {exc.filename or spec['identity']}"})
     finally:
         end_session(pid, spec["grace"])
         shutil.rmtree(spec["scratch"], ignore_errors=True)
+        if spec["orphan"] and not _has_parent(spec):
+            shutil.rmtree(spec["orphan"], ignore_errors=True)
     _say({"exit": _reap(pid) if code is None else code})
 
 
@@ -162,7 +170,7 @@ def _write_identity(spec: dict[str, Any], pid: int, started: str | None) -> None
     os.close(folder)
 
 
-def _watch(pid: int, parent: int) -> int | None:
+def _watch(pid: int, spec: dict[str, Any]) -> int | None:
     """Wait until the engine's main process ends (its exit code) or batchkit does, or closes our input (None)."""
     waited: list[int] = [0]
     with contextlib.suppress(AttributeError, OSError):  # not every kernel has pidfd: then the time-out finds it
@@ -173,8 +181,14 @@ def _watch(pid: int, parent: int) -> int | None:
         if done:
             return os.waitstatus_to_exitcode(status)
         # A process that batchkit forked may still hold the pipe open when batchkit is killed.
-        if 0 in ready or os.getppid() != parent:
+        if 0 in ready or not _has_parent(spec):
             return None
+
+
+def _has_parent(spec: dict[str, Any]) -> bool:
+    """Whether batchkit's process lives."""
+    fields = _stat(spec["parent"])
+    return fields is not None and fields[0] not in "ZX" and start_time(spec["parent"]) == spec["parent_started"]
 
 
 def _reap(pid: int) -> int:

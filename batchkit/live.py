@@ -96,7 +96,8 @@ def _not_written(path: str | Path, exc: OSError) -> StorageError:
 
 
 class Live:
-    """The shards of one `submit` while their requests are at servers. `backend` is how results name who answered."""
+    """The shards of one `submit` while their requests are at servers. `backend` is how results name who answered,
+    `total` what the progress was told of."""
 
     def __init__(
         self,
@@ -120,15 +121,26 @@ class Live:
         self._open: dict[tuple[int, int], _Open] = {}
         self._synced = time.monotonic()
         self._tokens = 0
+        self._planned = 0
+        self.total = 0
 
-    def calls(self) -> Iterator[Call]:
-        """All that is due, read as it is asked for; keys are (shard, attempt, custom_id)."""
-        while (parcel := self._queue.first()) is not None:
+    def calls(self) -> Iterator[Call | None]:
+        """All that is due, read as it is asked for; keys are (shard, attempt, custom_id). None: nothing yet."""
+        while (parcel := self._queue.first()) is not None or self._queue.may_grow:
+            if parcel is None:
+                if not self._open:
+                    self._progress.update(0, note=self._queue.idle())
+                yield None
+                continue
             seal, rows = parcel.seal, as_ranges(parcel.positions)
             self._queue.remove_first(parcel)
             views = request_views(self._run, seal, rows)
             first = next(views)  # raises where the file is not what was sealed, before anything is sent of it
             number = self._begin(seal, rows, len(parcel.positions))
+            self._planned += len(parcel.positions)
+            if self._planned > self.total:  # of shards that were not there when it began
+                self.total = self._planned
+                self._progress.grow(self.total)
             for line in itertools.chain([first], views):
                 custom_id, url, body = _split(line, foreign=self._foreign)
                 tokens = self._tokens_of(bytes(line)) if self._count_tokens else 0
@@ -196,14 +208,19 @@ class Live:
     def stop(self) -> None:
         """Close what is open: the requests without a reply are pending again."""
         for opened in list(self._open.values()):
-            self._close(opened, "died")
+            self._close(opened, "died" if opened.left else "collected")
 
     def _close(self, opened: _Open, state: str) -> None:
-        opened.sync()
-        opened.stream.close()
+        if not opened.stream.closed:  # a signal may have come between these steps
+            opened.sync()
+            opened.stream.close()
         settle(Path(str(opened.stream.name)))
         _end(self._run, opened.seal.shard, opened.attempt.number, died=state == "died")
         del self._open[opened.seal.shard, opened.attempt.number]
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the shards that nothing is done with any more."""
         self._leases.release_all_but({shard for shard, _ in self._open} | self._queue.shards)
 
 

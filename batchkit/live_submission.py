@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import msgspec
@@ -14,13 +14,14 @@ from batchkit.backends.vllm import Vllm
 from batchkit.batch_submission import count
 from batchkit.client import Endpoint, Pacing
 from batchkit.errors import UsageError
+from batchkit.feeds import Feed
 from batchkit.handover import Settings
 from batchkit.limits import LIMITS
 from batchkit.live import Live
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run, now
 from batchkit.serving import Serving
 from batchkit.work import Leases, Scan
 
@@ -50,27 +51,25 @@ class ServerKeywords(TypedDict, total=False):
 
 def submit_live(
     run: Run,
-    seals: Mapping[int, Seal],
-    chosen: Sequence[Seal],
+    feed: Feed,
     *,
     key_env: str | None,
     common: Settings,
     progress: Progress,
     keywords: ServerKeywords,
 ) -> SubmitReport:
-    """`submit` for the backend `server`, of the shards `chosen`."""
+    """`submit` for the backend `server`, of the shards of `feed`."""
     endpoints = server.parse_endpoints(keywords.get("endpoints", ()), key_env)
     pacing = pacing_of(keywords)
-    if (report := _if_nothing_is_due(run, chosen, common)) is not None:
+    if (report := _if_nothing_is_due(run, feed, common)) is not None:
         return report
     server.check(endpoints, run.manifest.model, progress.say)
-    return ask_servers(run, seals, chosen, endpoints, backend="server", common=common, progress=progress, pacing=pacing)
+    return ask_servers(run, feed, endpoints, backend="server", common=common, progress=progress, pacing=pacing)
 
 
 def submit_served(
     run: Run,
-    seals: Mapping[int, Seal],
-    chosen: Sequence[Seal],
+    feed: Feed,
     *,
     runner: Vllm,
     common: Settings,
@@ -79,7 +78,7 @@ def submit_served(
 ) -> SubmitReport:
     """`submit` for vLLM's own servers, which are started for it."""
     pacing = pacing_of(keywords)
-    if (report := _if_nothing_is_due(run, chosen, common)) is not None:
+    if (report := _if_nothing_is_due(run, feed, common)) is not None:
         return report
     session = f"{now().replace(':', '')}-{os.getpid()}"
     serving = Serving(runner, run.path / "servers" / session, progress)
@@ -89,8 +88,7 @@ def submit_served(
     with serving.running():
         return ask_servers(
             run,
-            seals,
-            chosen,
+            feed,
             serving.endpoints,
             backend="vllm",
             common=common,
@@ -100,13 +98,13 @@ def submit_served(
         )
 
 
-def _if_nothing_is_due(run: Run, chosen: Sequence[Seal], common: Settings) -> SubmitReport | None:
+def _if_nothing_is_due(run: Run, feed: Feed, common: Settings) -> SubmitReport | None:
     """The report where there is nothing to send: then no server is needed."""
-    scan = Scan(run, chosen, attempts=common.attempts, retry=common.retry, only=common.only)
-    if scan.due and common.limit != 0:
+    scan = Scan(run, feed.chosen, attempts=common.attempts, retry=common.retry, only=common.only)
+    if (scan.due or feed.is_open) and common.limit != 0:
         return None
     report = SubmitReport()
-    count(run, chosen, report, attempts=common.attempts)
+    count(run, feed.chosen, report, attempts=common.attempts)
     return report
 
 
@@ -133,8 +131,7 @@ def pacing_of(keywords: ServerKeywords) -> Pacing:
 
 def ask_servers(
     run: Run,
-    seals: Mapping[int, Seal],
-    chosen: Sequence[Seal],
+    feed: Feed,
     endpoints: Sequence[Endpoint],
     *,
     backend: str,
@@ -146,12 +143,20 @@ def ask_servers(
     """Ask `endpoints` all that is due. Raises `EngineError` where none answers any more, `RunBusyError` where other
     processes hold all there is to do."""
     report = SubmitReport()
-    with Leases(run) as leases:
-        if recovered := live.recover(run, seals, BACKENDS, leases):
+    with Leases(run, feed.leave) as leases:
+        if recovered := live.recover(run, feed.seals, BACKENDS, leases):
             progress.say(f"went on with {recovered} shards that an earlier batchkit left in the middle")
-        due = Scan(run, chosen, attempts=common.attempts, retry=common.retry, only=common.only).due
-        progress.grow(due if common.limit is None else min(due, common.limit))
-        queue = Queue(run, chosen, limits=LIMITS["server"], settings=common, leases=leases, release=lambda: None)
+        due = Scan(run, feed.chosen, attempts=common.attempts, retry=common.retry, only=common.only).due
+        due = due if common.limit is None else min(due, common.limit)
+        progress.grow(due)
+        queue = Queue(
+            run,
+            feed,
+            limits=LIMITS["server"],
+            settings=common,
+            leases=leases,
+            release=lambda: work.release(),  # noqa: PLW0108  # it comes later
+        )
         work = Live(
             run,
             queue,
@@ -161,11 +166,12 @@ def ask_servers(
             progress=progress,
             count_tokens=pacing.tokens_per_minute > 0,
         )
+        work.total = due
         try:
             server.ask(endpoints, run.manifest.model, pacing, work.calls(), work.take, say=progress.say, check=check)
         finally:
             work.stop()
         if queue.busy is not None and not report.sent:
             raise queue.busy
-    count(run, chosen, report, attempts=common.attempts)
+    count(run, feed.chosen, report, attempts=common.attempts)
     return report

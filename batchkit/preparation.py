@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,9 @@ from batchkit.storage import is_remote, shown
 from batchkit.takeovers import as_it_stands, clear_behind
 from batchkit.tallies import Report, Tally
 from batchkit.tasks import FILE_START, Place, Row
-from batchkit.workers import convert_all
+from batchkit.workers import Hands, convert_all
+
+Sealed = Callable[[list[Seal]], None]
 
 
 def prepare(
@@ -35,14 +37,18 @@ def prepare(
     *,
     strict: bool = False,
     workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
+    sealed: Sealed = lambda seals: None,  # noqa: ARG005  # nobody wants to know
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
     """Prepare the rows of the file or dataset `tasks` as requests in the run directory `run`.
 
     `keywords` are the options that `PrepareOptions` describes; `model` is needed unless the rows are requests in OpenAI
     batch format. Rows that cannot become requests are rejected and counted, never dropped; with `strict` the first one
-    raises `InputError`. `workers` is the number of processes, None for one a core; it never changes the result.
+    raises `InputError`. `workers` is the number of processes, None for one a core; `ray` the address of a Ray cluster
+    whose machines do the work, and see the images under the same paths. Neither changes the result. `sealed` is called
+    once with the shards that are there already, then with each new one; what it raises ends the preparation.
 
     Called again with the same input and options it goes on where it stopped, or does nothing. Raises `RunError` where
     the run was prepared with others, `InputError` for an unusable file, `UsageError` for unusable options.
@@ -60,7 +66,15 @@ def prepare(
                 f"{target.name}: prepared from {shown(source.uri)} as it was then; its rows have changed since",
                 hint="prepare the changed file into a new run directory",
             )
-        report = _prepare_rest(target, source, options, workers=workers, strict=strict, progress=progress or Silent())
+        report = _prepare_rest(
+            target,
+            source,
+            options,
+            Hands(workers, ray),
+            strict=strict,
+            progress=progress or Silent(),
+            sealed=sealed,
+        )
         return _judged(report, source, options)
 
 
@@ -68,6 +82,7 @@ def plan(
     tasks: str | Path,
     *,
     workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
@@ -76,10 +91,10 @@ def plan(
     tally = Tally()
     _announce(source, options, progress)
     draft: ShardDraft | None = None
-    root = _image_root(source, options)
+    root, hands = _image_root(source, options), Hands(workers, ray)
     with (
         KnownAnswers(named(options.reuse), progress or Silent()) as known,
-        closing(_sharded(source, FILE_START, options, image_root=root, seen=IdsSeen(), workers=workers)) as sharded,
+        closing(_sharded(source, FILE_START, options, image_root=root, seen=IdsSeen(), hands=hands)) as sharded,
     ):
         for row, done, shard in sharded:
             if draft is None or draft.shard != shard:
@@ -202,13 +217,21 @@ def _shown(value: object) -> str:
 
 
 def _prepare_rest(
-    run: Run, source: Source, options: PrepareOptions, *, workers: int | None, strict: bool, progress: Progress
+    run: Run,
+    source: Source,
+    options: PrepareOptions,
+    hands: Hands,
+    *,
+    strict: bool,
+    progress: Progress,
+    sealed: Sealed,
 ) -> Report:
     """Go on behind the last sealed shard, up to the seal of the preparation."""
     tally = Tally()
     place, shards = FILE_START, 0
     seen = IdsSeen()
-    for seal in intact_seals(run):
+    intact = list(intact_seals(run))
+    for seal in intact:
         tally.add(as_it_stands(run, seal))
         place, shards = Place(seal.end, seal.next_line, seal.next_offset), seal.shard + 1
     _announce(source, options, progress)
@@ -216,6 +239,7 @@ def _prepare_rest(
     finished = run.prepared()
     if finished is not None and finished.shards == shards:
         tally.report.already = True
+        sealed(intact)
         return tally.report
     if options.input_format == "batch":
         for seal in itertools.islice(run.seals(), shards):
@@ -223,11 +247,13 @@ def _prepare_rest(
     root = run.manifest.options["image_root"]
     with (
         KnownAnswers(run.manifest.options.get("reuse", ()), progress, into=run.path) as known,
-        closing(_sharded(source, place, options, image_root=root, seen=seen, workers=workers)) as sharded,
+        closing(_sharded(source, place, options, image_root=root, seen=seen, hands=hands)) as sharded,
     ):
         remove_leftovers(run, shards)
+        sealed(intact)
         for seal in _written(run, shards, sharded, known, strict=strict, progress=progress):
             tally.add(seal)
+            sealed([seal])
     clear_behind(run, tally.report.shards)
     run.write_prepared(tally.prepared())
     return tally.report
@@ -271,7 +297,7 @@ def _announce(source: Source, options: PrepareOptions, progress: Progress | None
 
 
 def _sharded(
-    source: Source, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, workers: int | None
+    source: Source, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, hands: Hands
 ) -> Generator[tuple[Row, Converted, int]]:
     """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
     batch_format = options.input_format == "batch"
@@ -280,7 +306,7 @@ def _sharded(
         lambda row: options.stop is None or row.position < options.stop,
         (row for row in source.rows(place, first=options.start) if row.position >= options.start),
     )
-    with closing(convert_all(selected, make, workers)) as converted:
+    with closing(convert_all(selected, make, hands)) as converted:
         kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted
         pairs, again = itertools.tee(kept)
         sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)

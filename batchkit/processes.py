@@ -53,6 +53,7 @@ class Engine:
         self._said = b""
         self._code: int | None = None
         self.pid = pid
+        self.cause: None = None  # its log says it
 
     def poll(self, seconds: float = 0.0) -> int | None:
         """The exit code once every process of the engine has ended (negative: the signal), None while it runs.
@@ -105,12 +106,20 @@ class Engine:
 
 
 def start(
-    command: Sequence[str], *, environment: Mapping[str, str], log: Path, identity: Path, scratch: Path
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    identity: Path,
+    scratch: Path,
+    orphan: Path | None = None,
 ) -> Engine:
     """Start `command` in a session of its own, with its output appended to `log`.
 
     When this returns, `identity` is on the disk. The engine ends when `stop` is called or this process ends, however
-    that comes about; `scratch` is removed then. Raises `StorageError` where `identity` cannot be written.
+    that comes about; `scratch` is removed then. `orphan`, a folder, is for a process whose own children are killed
+    before it is (a Ray actor's): the keeper is none of them, and removes the folder when this process dies. Raises
+    `StorageError` where `identity` cannot be written.
     """
     kept = subprocess.Popen(
         [sys.executable, "-I", "-S", keeper.__file__],
@@ -126,6 +135,8 @@ def start(
         "identity": str(identity),
         "scratch": str(scratch),
         "parent": os.getpid(),
+        "parent_started": start_time(os.getpid()),
+        "orphan": str(orphan) if orphan is not None else None,
         "grace": GRACE_SECONDS,
     }
     try:

@@ -10,6 +10,7 @@ import msgspec
 
 from batchkit import outcomes, parcels
 from batchkit.errors import RunBusyError
+from batchkit.feeds import Feed
 from batchkit.handover import Settings
 from batchkit.limits import Limits
 from batchkit.parcels import Parcel
@@ -26,7 +27,7 @@ class Queue:
     def __init__(
         self,
         run: Run,
-        seals: Sequence[Seal],
+        feed: Feed,
         *,
         limits: Limits,
         settings: Settings,
@@ -35,7 +36,8 @@ class Queue:
     ) -> None:
         self._run = run
         # Shards that the provider refused the last time go last: they must not hold up the others.
-        self._closed = deque(sorted(seals, key=lambda seal: _was_refused(run, seal)))
+        self._feed = feed
+        self._closed = deque(sorted(feed.chosen, key=lambda seal: _was_refused(run, seal)))
         self._limits = limits
         self._settings = settings
         self._leases = leases
@@ -49,6 +51,16 @@ class Queue:
     def is_open(self) -> bool:
         """Whether parcels wait whose shards are held."""
         return bool(self._parcels)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether shards may come that are not there yet, and are wanted."""
+        return self._left != 0 and self._feed.is_open
+
+    def idle(self) -> str:
+        """Nothing is under way, and nothing is there to hand over. Returns what is waited for."""
+        self._feed.idle()
+        return self._feed.stage
 
     @property
     def shards(self) -> set[int]:
@@ -69,6 +81,7 @@ class Queue:
         """The next parcel; it stays in the queue."""
         if self._left == 0:
             return None
+        self._closed.extend(self._feed.take())
         while not self._parcels and self._closed:
             self._open(self._closed.popleft())
         if not self._parcels:

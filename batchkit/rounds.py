@@ -164,6 +164,10 @@ class Pool:
         """Whether a request died again and again while nothing was ever answered."""
         return not self._proven and bool(self._condemned)
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self._trouble or self._loose)
+
     def shards(self) -> set[int]:
         """The shards that have requests here."""
         groups: Iterable[Key] = (key for group in self._trouble for key in (*group.keys, *group.waiting))

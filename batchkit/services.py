@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from batchkit import attempts, outcomes
 from batchkit.attempts import Tracked
 from batchkit.batches import Service
 from batchkit.costs import spent_on
 from batchkit.errors import BatchkitError, RunBusyError, ServiceError
+from batchkit.feeds import Feed
 from batchkit.handover import Cost, Settings
 from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
@@ -45,7 +46,7 @@ class Services:
     def __init__(
         self,
         run: Run,
-        seals: Sequence[Seal],
+        feed: Feed,
         *,
         service: Service,
         limits: Limits,
@@ -65,8 +66,8 @@ class Services:
         self._report = report
         self._progress = progress
         self._clerk = Clerk(run, service, settings.pace, progress)
-        self._seals = seals
-        self._queue = Queue(run, seals, limits=limits, settings=settings, leases=leases, release=self._release)
+        self._seals: Sequence[Seal] = feed.chosen
+        self._queue = Queue(run, feed, limits=limits, settings=settings, leases=leases, release=self._release)
         self._watches: dict[str, Watch] = {}
         self._spent = spent_on(run)
         self._validations: Counter[int] = Counter()
@@ -86,9 +87,12 @@ class Services:
             self._look()
             self._send()
             self._progress.board([_row(watch) for watch in self._watches.values()])
-            if not self._settings.wait or not self._watches:
+            more = not self._stopped and self._queue.may_grow
+            if not self._settings.wait or not (self._watches or more):
                 break
-            self._sleep()
+            if not self._watches:
+                self._progress.update(0, note=self._queue.idle())
+            self._sleep(most=SLICE_SECONDS if more else None)
         if self._settings.delete_remote:
             self._delete_leftovers()
         if self.error is not None:
@@ -375,9 +379,11 @@ class Services:
         busy = {watch.tracked.seal.shard for watch in self._watches.values()}
         self._leases.release_all_but(busy | self._queue.shards)
 
-    def _sleep(self) -> None:
-        """Until the next look is due, a cancel comes, or the wait for tokens is over."""
-        moments: Iterable[float] = (watch.next_look for watch in self._watches.values())
+    def _sleep(self, most: float | None) -> None:
+        """Until the next look is due, a cancel comes, or the wait for tokens is over; `most` seconds where given."""
+        moments = [watch.next_look for watch in self._watches.values()]
+        if most is not None:
+            moments.append(time.monotonic() + most)
         end = min(moments, default=0.0)
         if self._queue.is_open and self._blocked_until > time.monotonic():
             end = min(end, self._blocked_until)

@@ -16,7 +16,7 @@ import xxhash
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
 from batchkit.measures import Totals
-from batchkit.runs import Rejection, Run, Seal
+from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read, remove, shown, write_whole
 from batchkit.takeovers import Answer, Taken, standing, take_over
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, whole
@@ -143,6 +143,8 @@ class ShardWriter:
         # Before the seal: from there on `submit` would send what is answered already.
         seal = take_over(self._run, seal, self._taken, keep=keep)
         self._run.write_seal(seal)
+        if self._run.job(self.shard).requests_deleted:  # made again only because an earlier shard had to be
+            remove(self._run.requests_path(self.shard))
         return seal
 
     def _refuse_other_cut(self, seal: Seal) -> None:
@@ -171,7 +173,8 @@ class _AbandonedError(Exception):
 def intact_seals(run: Run) -> Iterator[Seal]:
     """The sealed shards up to the first that is damaged or lost: from there on `prepare` makes them again.
 
-    Rows and requests are checked by their sizes alone, so that a resume need not read the whole run.
+    Rows and requests are checked by their sizes alone, so that a resume need not read the whole run. Requests that were
+    deleted on purpose are not missed.
     """
     with contextlib.suppress(RunError):
         yield from itertools.takewhile(lambda seal: _is_intact(run, seal), run.seals())
@@ -182,8 +185,11 @@ def _is_intact(run: Run, seal: Seal) -> bool:
         ids = run.fetch(run.ids_path(seal.shard)).read_bytes()
     except OSError:
         return False
-    sizes = [run.bytes_of(path) for path in (run.rows_path(seal.shard), run.requests_path(seal.shard))]
-    return sizes == [seal.rows_bytes, seal.requests_bytes] and xxhash.xxh3_128_hexdigest(ids) == seal.ids_checksum
+    rows, requests = run.bytes_of(run.rows_path(seal.shard)), run.bytes_of(run.requests_path(seal.shard))
+    if requests is None and run.job(seal.shard).requests_deleted:
+        requests = seal.requests_bytes
+    sizes = (rows, requests) == (seal.rows_bytes, seal.requests_bytes)
+    return sizes and xxhash.xxh3_128_hexdigest(ids) == seal.ids_checksum
 
 
 def remove_leftovers(run: Run, shards: int) -> None:
@@ -261,7 +267,7 @@ def _no_room(exc: sqlite3.OperationalError) -> StorageError:
 def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
     """As `request_lines`, without line feeds and without a copy: parts of the file as it is mapped into memory. The
     file is checked before the first line."""
-    path = run.fetch(run.requests_path(seal.shard))
+    path = _requests_there(run, seal)
     with open(path, "rb") as stream:
         if not seal.requests_bytes or os.fstat(stream.fileno()).st_size != seal.requests_bytes:
             raise _not_as_sealed(path)
@@ -280,7 +286,7 @@ def request_views(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iter
 def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The lines of some rows of a shard, with their line feeds. Raises `RunError`, behind the last one at the latest,
     where the file is not the one that was sealed."""
-    path, digest = run.fetch(run.requests_path(seal.shard)), xxhash.xxh3_128()
+    path, digest = _requests_there(run, seal), xxhash.xxh3_128()
     wanted = _wanted(seal, rows)
     with open_read(str(path)) as stream:
         for line in stream:
@@ -289,6 +295,13 @@ def request_lines(run: Run, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iter
                 yield line
     if digest.hexdigest() != seal.requests_checksum:
         raise _not_as_sealed(path)
+
+
+def _requests_there(run: Run, seal: Seal) -> Path:
+    path = run.requests_path(seal.shard)
+    if run.bytes_of(path) is None:
+        raise RunError(f"{shown(path)}: is missing", hint=PREPARE_AGAIN)
+    return run.fetch(path)
 
 
 def _wanted(seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bool]:

@@ -7,7 +7,6 @@ batch services `services` does all that, through `watches` and `attempts`.
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
 import signal
 import threading
@@ -18,11 +17,12 @@ from types import FrameType
 from typing import Unpack
 
 from batchkit import sessions
-from batchkit.backends import vllm
+from batchkit.backends import vllm, vllm_ray
 from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.endpoints import endpoint_at
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
+from batchkit.feeds import Feed, refuse_deleted
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
@@ -57,7 +57,9 @@ def submit(
     replicas: int = 1,
     engine: str = "run-batch",
     engine_args: Sequence[str] = (),
+    ray: str | None = None,
     progress: Progress | None = None,
+    feed: Feed | None = None,
     **others: Unpack[OtherKeywords],
 ) -> SubmitReport:
     """Send what has no response yet, and wait for the responses. Again: goes on where it stopped.
@@ -65,9 +67,10 @@ def submit(
     `backend` is the manifest's where it is None. `limit` sends only so many requests now; `shards` ("3/8") only every
     eighth shard, from the third on; `positions` only these rows. `attempts` bounds how often a request is tried that
     failed in passing or with which the engine died; requests whose verdict is in `retry` are sent again in any case.
-    `engine_args` go to vLLM; `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are on
-    the disk as they come). `others` are for the other backends; `ServiceKeywords` and `ServerKeywords` say what they
-    mean.
+    `engine_args` go to vLLM; `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are
+    on the disk as they come). `feed` has the shards while `prepare` still makes them, for `run`. `ray` is the address
+    of a Ray cluster whose machines run the engines. `others` are for the other backends; `ServiceKeywords` and
+    `ServerKeywords` say what they mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
     `RunError` where the run is not prepared or damaged, `StorageError` on a full disk, `CredentialsError` and
@@ -76,19 +79,28 @@ def submit(
     began = time.monotonic()
     run = run if isinstance(run, Run) else Run.open(run)
     backend = backend or run.manifest.backend
-    _refuse_unusable(backend, attempts=attempts, limit=limit, engine=engine, engine_args=engine_args, others=others)
+    _refuse_unusable(
+        backend,
+        attempts=attempts,
+        limit=limit,
+        engine=engine,
+        engine_args=engine_args,
+        ray=ray,
+        others=others,
+    )
     _refuse_senseless(run, retry)
     refuse_endpoint(run.manifest.url, backend, engine)
     progress = progress or Silent()
-    seals = _sealed(run, progress)
-    chosen = _select(list(seals.values()), shards)
-    with _terminable():
+    if feed is None:
+        feed = Feed(_sealed(run, progress), shards=shards)
+    refuse_deleted(run, feed.chosen, attempts=attempts, retry=retry, only=positions)
+    feed.clean(run, attempts=attempts)
+    with terminable():
         common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry, only=positions)
         if backend == "server":
             report = submit_live(
                 run,
-                seals,
-                chosen,
+                feed,
                 key_env=others.get("api_key_env"),
                 common=common,
                 progress=progress,
@@ -96,19 +108,17 @@ def submit(
             )
         elif backend in SERVICES:
             with run.lease("submit") if shards is None else contextlib.nullcontext():
-                report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=others)
-        else:
-            runner = vllm.Vllm(
-                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=_pooling(run, chosen)
+                report = submit_run(run, feed, backend, common=common, progress=progress, keywords=others)
+        elif engine == "serve":
+            served = vllm.Vllm(
+                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=_pooling(run, feed.chosen)
             )
-            _tell_recovered(sessions.recover(run, seals), progress)
-            if engine == "serve":
-                report = submit_served(
-                    run, seals, chosen, runner=runner, common=common, progress=progress, keywords=others
-                )
-            else:
-                scan = Scan(run, chosen, attempts=attempts, retry=retry, only=positions)
-                report = _run_engines(run, seals, scan, runner, progress, settings=common)
+            _tell_recovered(sessions.recover(run, feed.seals), progress)
+            report = submit_served(run, feed, runner=served, common=common, progress=progress, keywords=others)
+        else:
+            with _runner(run, feed, replicas, engine_args, ray) as runner:
+                _tell_recovered(sessions.recover(run, feed.seals), progress)
+                report = _run_engines(run, feed, runner, progress, settings=common)
     report.seconds = time.monotonic() - began
     return report
 
@@ -120,19 +130,27 @@ def _pooling(run: Run, seals: Sequence[Seal]) -> str | None:
     return endpoint.pooling if endpoint is not None else None
 
 
-def _run_engines(
-    run: Run,
-    seals: dict[int, Seal],
-    scan: Scan,
-    runner: vllm.Vllm,
-    progress: Progress,
-    *,
-    settings: Settings,
-) -> SubmitReport:
+@contextlib.contextmanager
+def _runner(run: Run, feed: Feed, replicas: int, args: Sequence[str], ray: str | None) -> Iterator[vllm.Runner]:
+    """Where the engines run: on this machine, or on a Ray cluster."""
+    pooling = _pooling(run, feed.chosen)
+    if ray is None:
+        yield vllm.Vllm(model=run.manifest.model, replicas=replicas, args=args, pooling=pooling)
+        return
+    if pooling is not None:
+        raise UsageError(
+            f"{run.manifest.url} does not go to a Ray cluster in this version", hint="leave --ray out, or use --shards"
+        )
+    with vllm_ray.running(ray, model=run.manifest.model, replicas=replicas, args=args) as runner:
+        yield runner
+
+
+def _run_engines(run: Run, feed: Feed, runner: vllm.Runner, progress: Progress, *, settings: Settings) -> SubmitReport:
+    scan = Scan(run, feed.chosen, attempts=settings.attempts, retry=settings.retry, only=settings.only)
     report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
     if scan.in_flight:
         progress.say(f"{scan.in_flight:,} requests are at a batch service: they are left to it")
-    with Leases(run) as leases:
+    with Leases(run, feed.leave) as leases:
         work = Work(
             run,
             scan,
@@ -143,7 +161,7 @@ def _run_engines(
             only=settings.only,
         )
         progress.grow(work.due)
-        engines = Engines(run, seals, runner=runner, work=work, leases=leases, report=report, progress=progress)
+        engines = Engines(run, feed, runner=runner, work=work, leases=leases, report=report, progress=progress)
         engines.go(Pool(engines.take_fresh, attempts=settings.attempts, proven=scan.answered))
         if work.busy is not None and not report.sent:
             raise work.busy
@@ -157,6 +175,7 @@ def _refuse_unusable(
     limit: int | None,
     engine: str,
     engine_args: Sequence[str],
+    ray: str | None,
     others: OtherKeywords,
 ) -> None:
     if backend not in BACKENDS:
@@ -167,6 +186,10 @@ def _refuse_unusable(
         raise UsageError(f"--engine {engine}: not for {backend}", hint="--engine run-batch or serve, of --backend vllm")
     if engine_args and backend != "vllm":
         raise UsageError(f"arguments behind -- go to vLLM; {backend} takes none", hint="leave them out")
+    if ray is not None and (backend != "vllm" or engine != ENGINES[0]):
+        raise UsageError(
+            "--ray is for --backend vllm with --engine run-batch", hint="leave it out, or the other option"
+        )
     _refuse_foreign("serve" if engine == "serve" and backend == "vllm" else backend, others)
 
 
@@ -260,23 +283,13 @@ def _refuse_senseless(run: Run, retry: frozenset[Verdict]) -> None:
         )
 
 
-def _sealed(run: Run, progress: Progress) -> dict[int, Seal]:
-    seals = {seal.shard: seal for seal in run.seals()}
+def _sealed(run: Run, progress: Progress) -> list[Seal]:
+    seals = list(run.seals())
     if run.prepared() is None:
         if not seals:
             raise RunError(f"{run.name}: nothing is prepared yet", hint="run the same batchkit prepare again")
         progress.say(f"warning: prepare has not finished; submitting the {len(seals)} shards that it sealed")
     return seals
-
-
-def _select(seals: list[Seal], shards: str | None) -> list[Seal]:
-    """Part I of N ("I/N"): every N-th shard, so that the parts are alike however the rows are sorted."""
-    if shards is None:
-        return seals
-    found = re.fullmatch(r"(\d+)/(\d+)", shards)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shards {shards}: not a part of the run", hint="--shards 3/8 is the third part of eight")
-    return seals[int(found[1]) - 1 :: int(found[2])]
 
 
 def _tell_recovered(recovered: sessions.Recovered, progress: Progress) -> None:
@@ -287,7 +300,7 @@ def _tell_recovered(recovered: sessions.Recovered, progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Make SIGTERM end us as Ctrl-C does, with everything cleaned up. Handlers belong to the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import msgspec
@@ -21,10 +21,14 @@ MEASURABLE = 20
 
 
 class Leases:
-    """The shards that this process works on. Released all at the end of the block."""
+    """The shards that this process works on. Released all at the end of the block.
 
-    def __init__(self, run: Run) -> None:
+    `leave` is called with each shard right before it is released.
+    """
+
+    def __init__(self, run: Run, leave: Callable[[int], None] = lambda shard: None) -> None:  # noqa: ARG005
         self._run = run
+        self._leave = leave
         self._held: dict[int, contextlib.ExitStack] = {}
 
     def hold(self, shard: int) -> None:
@@ -43,8 +47,12 @@ class Leases:
 
     def release_all_but(self, shards: Iterable[int]) -> None:
         for shard in self._held.keys() - set(shards):
-            self._held.pop(shard).close()
-            self._run.leave_requests(shard)
+            self.release(shard)
+
+    def release(self, shard: int) -> None:
+        with self._held.pop(shard):
+            self._leave(shard)
+        self._run.leave_requests(shard)
 
     def __enter__(self) -> Self:
         return self
@@ -111,8 +119,25 @@ class Work:
         self._shards = list(reversed(scan.shards))
         self._weight = scan.weight
         self._rest: list[Key] = []
+        self._left = None if limit is None else max(0, limit - scan.due)
         self.due = scan.due if limit is None else min(limit, scan.due)
         self.busy: RunBusyError | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether shards that are added change nothing: `limit` is reached."""
+        return self._left == 0
+
+    def add(self, seals: Sequence[Seal]) -> Scan:
+        """More shards, behind the others. Returns what they hold."""
+        scan = Scan(self._run, seals, attempts=self._attempts, retry=self._retry, only=self._only)
+        self._shards[:0] = reversed(scan.shards)
+        due = scan.due if self._left is None else min(scan.due, self._left)
+        self._left = None if self._left is None else self._left - due
+        self.due += due
+        heavier = max(self._weight.bytes, scan.weight.bytes), max(self._weight.pixels, scan.weight.pixels)
+        self._weight = Weight(*heavier)
+        return scan
 
     def take(self, room: Room) -> list[Key]:
         """As much as fits into `room`, in order; holds the leases of its shards."""
@@ -152,6 +177,7 @@ class Work:
             self._rest = [(seal.shard, position) for position in due]
             if self._rest:
                 return True
+            self._leases.release(seal.shard)
         return False
 
 

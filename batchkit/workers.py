@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import signal
+import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
+from batchkit import clusters
 from batchkit.conversion import Converted, Converter
-from batchkit.errors import BatchkitError
+from batchkit.errors import BatchkitError, EngineError
 from batchkit.tasks import Row
 
 BLOCK_ROWS = 16
@@ -29,15 +32,24 @@ AHEAD_BYTES = 64 << 20
 """Bytes of rows under way, beyond which no further block is begun: a single row may have hundreds of megabytes."""
 
 _converter: Converter | None = None
+_of_clusters: dict[str, Converter] = {}
 
 
-def convert_all(
-    rows: Iterable[Row], make: Callable[[], Converter], workers: int | None
-) -> Generator[tuple[Row, Converted]]:
-    """Each row with what became of it, in order. `workers` None is one process for each core, none for few rows."""
+class Hands(NamedTuple):
+    """Who does the work: so many processes (None: one for each core), or the machines of the Ray cluster at `ray`."""
+
+    workers: int | None = None
+    ray: str | None = None
+
+
+def convert_all(rows: Iterable[Row], make: Callable[[], Converter], hands: Hands) -> Generator[tuple[Row, Converted]]:
+    """Each row with what became of it, in order. Few rows are not worth other processes."""
     rows = iter(rows)
+    if hands.ray is not None:
+        yield from _on_cluster(rows, make, hands.ray)
+        return
     first = _take(rows, 4 * BLOCK_ROWS, 4 * BLOCK_BYTES)
-    count = workers or min(_cores(), 16)
+    count = hands.workers or min(_cores(), 16)
     if count == 1 or (len(first) < 4 * BLOCK_ROWS and _size(first) < 4 * BLOCK_BYTES):
         converter = make()
         for row in itertools.chain(first, rows):
@@ -82,6 +94,48 @@ def _take(rows: Iterator[Row], most: int, most_bytes: int) -> list[Row]:
 
 def _size(rows: list[Row]) -> int:
     return sum(row.size for row in rows)
+
+
+def _on_cluster(rows: Iterator[Row], make: Callable[[], Converter], address: str) -> Iterator[tuple[Row, Converted]]:
+    """Blocks as tasks of a Ray cluster, wherever a core is free. One whose machine goes down is done again."""
+    with clusters.connected(address) as ray:
+        convert = ray.remote(_convert_there).options(num_cpus=1, max_retries=3)
+        shared, token = ray.put(make), secrets.token_hex(8)
+        ahead = AHEAD * max(1, sum(node.cpus for node in clusters.nodes(ray)))
+        under_way: deque[tuple[list[Row], Any]] = deque()
+        try:
+            while block := _take(rows, BLOCK_ROWS, BLOCK_BYTES):
+                under_way.append((block, convert.remote(token, shared, block)))
+                if len(under_way) >= ahead:
+                    yield from _fetched(ray, address, *under_way.popleft())
+            while under_way:
+                yield from _fetched(ray, address, *under_way.popleft())
+        finally:
+            for _, reference in under_way:
+                ray.cancel(reference)
+
+
+def _fetched(ray: Any, address: str, block: list[Row], reference: Any) -> Iterator[tuple[Row, Converted]]:
+    try:
+        done: Sequence[Converted] | str = ray.get(reference)
+    except ray.exceptions.RayError as exc:
+        raise EngineError(
+            f"the Ray cluster at {address} cannot do the work of prepare: {clusters.reason(exc)}",
+            hint="the same version of batchkit, with the extra ray, is needed on each of its machines",
+        ) from exc
+    if isinstance(done, str):
+        raise EngineError(done, hint="prepare --ray needs a file system that all machines see under the same paths")
+    return zip(block, done, strict=True)
+
+
+def _convert_there(token: str, make: Callable[[], Converter], rows: list[Row]) -> list[Converted] | str:
+    """In a worker of a Ray cluster. A text where its machine cannot do what this one can."""
+    if token not in _of_clusters:
+        _of_clusters.clear()
+        _of_clusters[token] = make()
+    if not (root := _of_clusters[token].root).is_dir():
+        return f"{root} is no folder on {socket.gethostname()}, of the Ray cluster: its images are not seen there"
+    return [_of_clusters[token](row) for row in rows]
 
 
 def _finished(block: list[Row], future: Future[list[Converted]]) -> Iterator[tuple[Row, Converted]]:

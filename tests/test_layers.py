@@ -25,6 +25,7 @@ HEAVY = {
     "loky",
     "torch",
     "jsonschema",
+    "ray",
 } | {"pyarrow", "datasets"}
 
 

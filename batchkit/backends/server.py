@@ -138,7 +138,7 @@ def ask(
     endpoints: Sequence[Endpoint],
     model: str,
     pacing: Pacing,
-    source: Iterator[Call],
+    source: Iterator[Call | None],
     done: Callable[[Reply], None],
     *,
     say: Callable[[str], None],

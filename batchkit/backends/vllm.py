@@ -10,8 +10,10 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
+import psutil
 
 from batchkit import processes
 from batchkit.backends import vllm_install
@@ -36,10 +38,21 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
     """Of no meaning where it ended well."""
 
 
+class Process(Protocol):
+    """An engine's processes, here or elsewhere, as `processes.Engine`. `cause` is known where no log says it."""
+
+    @property
+    def cause(self) -> Cause | None: ...
+
+    def poll(self, seconds: float = 0.0) -> int | None: ...
+
+    def stop(self) -> int: ...
+
+
 class Start:
     """One running engine."""
 
-    def __init__(self, engine: processes.Engine, folder: Path, slot: int) -> None:
+    def __init__(self, engine: Process, folder: Path, slot: int) -> None:
         self._engine = engine
         self._log = LogTail(folder / LOG)
         self._began = time.monotonic()
@@ -90,8 +103,29 @@ class Start:
             ready=self.ready,
             startup_seconds=self._startup,
             seconds=time.monotonic() - self._began,
-            cause=find_cause(self.folder / LOG, code),
+            cause=self._engine.cause or find_cause(self.folder / LOG, code),
         )
+
+
+class Runner(Protocol):
+    """Where the engines of one `submit` run: `Vllm` here, or one on a cluster."""
+
+    replicas: int
+    args: tuple[str, ...]
+    notes: list[str]
+
+    @property
+    def streams(self) -> bool: ...
+
+    def memory(self) -> int:
+        """The bytes that all engines together can have now."""
+
+    def is_up(self, slot: int) -> bool:
+        """Whether an engine can be started in this slot now. Raises `EngineError` where none ever can."""
+
+    def start(self, folder: Path, slot: int) -> Start: ...
+
+    def explain(self, end: End) -> BatchkitError: ...
 
 
 class Vllm:
@@ -131,8 +165,20 @@ class Vllm:
         """Whether it reads and writes as it goes, so that one start can take any amount."""
         return self.install.streams
 
+    def memory(self) -> int:
+        """The bytes that all engines together can have now."""
+        return int(psutil.virtual_memory().available)
+
+    def is_up(self, slot: int) -> bool:
+        """Always: they are on this machine."""
+        return slot < self.replicas
+
     def start(self, folder: Path, slot: int) -> Start:
         """Start an engine on `folder/input.jsonl`, on the GPUs of `slot` (below `replicas`)."""
+        return Start(self.start_engine(folder, slot), folder.absolute(), slot)
+
+    def start_engine(self, folder: Path, slot: int, *, orphan: Path | None = None) -> processes.Engine:
+        """The same, for one who watches over it himself; `orphan` is as for `processes.start`."""
         folder = folder.absolute()
         scratch = processes.make_scratch()
         command = vllm_install.engine_command(
@@ -144,14 +190,14 @@ class Vllm:
             args=self.args,
             mib=self.mib,
         )
-        engine = processes.start(
+        return processes.start(
             command,
             environment=self.environment(slot, scratch),
             log=folder / LOG,
             identity=folder / IDENTITY,
             scratch=scratch,
+            orphan=orphan,
         )
-        return Start(engine, folder, slot)
 
     def environment(self, slot: int, scratch: Path) -> dict[str, str]:
         """Of an engine on the GPUs of `slot`."""
@@ -165,33 +211,36 @@ class Vllm:
 
     def explain(self, end: End) -> BatchkitError:
         """The error for an engine that did not work, with the end of its own log."""
-        cause = end.cause
-        if cause.kind == "disk":
-            return StorageError(
-                f"the disk is full: vLLM says: {cause.text}",
-                hint="free some disk space and run the same command again: it goes on where it stopped",
-                detail=cause.tail,
-            )
-        weights = vllm_install.given(self.args).get("--model") or self.model
-        said = {
-            "argument": f"vLLM {self.install.text} does not take the arguments given to it: {cause.text}",
-            "missing": "vLLM is not installed",
-            "model": f"vLLM cannot load the model {weights}: {cause.text}",
-            "memory": f"vLLM ran out of memory: {cause.text}",
-        }
-        less = "--gpu-memory-utilization 0.85" if not self.install.cpu else "--kv-cache-memory-bytes 1G"
-        hints = {
-            "argument": "correct the arguments behind --",
-            "missing": "pip install 'batchkit-vlm[vllm]'",
-            "model": "the weights are a folder that holds config.json, or a name on the model hub; where they go by "
-            "another name than the one prepared with: batchkit submit RUN -- --model FOLDER",
-            "memory": f"give it less to hold, for example: -- --max-model-len 4096 {less}",
-        }
-        when = "ended while it ran" if end.ready else "did not start"
-        message = said.get(cause.kind, f"vLLM {when}: {cause.text}")
-        return EngineError(
-            message, hint=hints.get(cause.kind, "the end of vLLM's own log may say more"), detail=cause.tail
+        return explain_end(end, install=self.install, model=self.model, args=self.args)
+
+
+def explain_end(end: End, *, install: vllm_install.Install, model: str, args: Sequence[str]) -> BatchkitError:
+    """The error for an engine that did not work, with the end of its own log."""
+    cause = end.cause
+    if cause.kind == "disk":
+        return StorageError(
+            f"the disk is full: vLLM says: {cause.text}",
+            hint="free some disk space and run the same command again: it goes on where it stopped",
+            detail=cause.tail,
         )
+    weights = vllm_install.given(args).get("--model") or model
+    said = {
+        "argument": f"vLLM {install.text} does not take the arguments given to it: {cause.text}",
+        "missing": "vLLM is not installed",
+        "model": f"vLLM cannot load the model {weights}: {cause.text}",
+        "memory": f"vLLM ran out of memory: {cause.text}",
+    }
+    less = "--gpu-memory-utilization 0.85" if not install.cpu else "--kv-cache-memory-bytes 1G"
+    hints = {
+        "argument": "correct the arguments behind --",
+        "missing": "pip install 'batchkit-vlm[vllm]'",
+        "model": "the weights are a folder that holds config.json, or a name on the model hub; where they go by "
+        "another name than the one prepared with: batchkit submit RUN -- --model FOLDER",
+        "memory": f"give it less to hold, for example: -- --max-model-len 4096 {less}",
+    }
+    when = "ended while it ran" if end.ready else "did not start"
+    message = said.get(cause.kind, f"vLLM {when}: {cause.text}")
+    return EngineError(message, hint=hints.get(cause.kind, "the end of vLLM's own log may say more"), detail=cause.tail)
 
 
 def end_left_over(folder: Path) -> bool:

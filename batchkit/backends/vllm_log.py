@@ -11,7 +11,8 @@ from typing import Literal
 
 import msgspec
 
-Kind = Literal["disk", "missing", "model", "memory", "argument", "request", "other"]
+Kind = Literal["disk", "missing", "model", "memory", "argument", "request", "lost", "other"]
+"""`lost`: where the engine ran is gone, which says nothing of its requests. No log says that."""
 
 # `Running batch:  12% Completed | 25/200 [00:01<00:09, 19.1req/s]`; it prints 0% before the first request.
 _PROGRESS = re.compile(rb"Running batch[^|]*\|\s*(\d+)/(\d+) \[")
