@@ -26,6 +26,7 @@ from batchkit import hf, inputs, preparation, vlmevalkit
 from batchkit.errors import CredentialsError, InputError, RunError, UsageError
 from batchkit.piles import merge_pile
 from batchkit.runs import Run
+from batchkit.tasks import Place
 from tests.conftest import WriteTasks
 
 ROWS = 10_000
@@ -292,7 +293,8 @@ def test_a_spoilt_csv_row_is_rejected_with_its_line_and_shifts_no_other(
         ("a.csv", b"id\tquestion\n1\t2\n", "its columns are separated by tabs"),
         ("a.csv", "id,question\n1,2\n".encode("utf-16"), "its first line is not UTF-8 text"),
         ("a.csv", b"id,question\r1,why\r2,why\r", "the header cannot be read"),
-        ("a.csv", b'id,question\n1,"why\n2,why\n3,why\n', "a.csv:2: a quote is opened in this row and not closed"),
+        ("a.csv", b'id,question\n1,"why' + b"\n2,why" * 10_000, "a.csv:2: a quote is opened in this row and not closed"),
+        ("a.csv", b'id,"question" or not\n1,why\n', "the header cannot be read: text follows a closing quote"),
         ("a.csv", b",,\n1,2,3\n", "its first line names no column"),
         ("a.jsonl", b"id,question\n1,why\n", "is not JSONL: line 1 begins with 'id,question'"),
         ("a.parquet", b"id,question\n1,why\n", "cannot be read as Parquet"),
@@ -328,6 +330,41 @@ def test_inferred_formats_are_told(tmp_path: Path) -> None:
         "a.csv is read as CSV; --input-format says otherwise"
     ]
     assert preparation.plan(tmp_path / "a.csv", model="m", input_format="csv").notes == []
+
+
+NOT_CLOSED = "a quote is opened in this row and not closed properly"
+BEHIND = "text follows a closing quote: a quote that is part of a text is doubled"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "questions", "faults"),
+    [
+        ("a.csv", b'1,"abc\n2,ok\n3,"x"\n4,y\n', ["ok", "x", "y"], [f"2: {NOT_CLOSED}"]),
+        ("a.csv", b'1,"abc\r\n2,ok\r\n3,why', ["ok", "why"], [f"2: {NOT_CLOSED}"]),
+        ("a.csv", b'1,"the 12" monitor"\n2,ok\n', ["ok"], [f"2: {BEHIND}"]),
+        ("a.csv", b'1,"a" \n2,12" is wide\n', ['12" is wide'], [f"2: {BEHIND}"]),
+        ("a.csv", b'1,"a\n2,"b\n3,"c\n4,d\n', ["d"], [f"{line}: {NOT_CLOSED}" for line in (2, 3, 4)]),
+        ("a.csv", b'1,"a\n2,ok\n3,"b",c\n', ["ok"], [f"2: {NOT_CLOSED}", "4: the row has 3 cells, the header 2"]),
+        ("a.csv", b'1,"a\nb",c\n4,d\n', ["d"], ["2: the row has 3 cells, the header 2 (it spans 2 lines)"]),
+        (
+            "a.tsv",
+            b'1\t"Stop, she said\n2\twhy\n3\t"No" he said\n4\tok\n',
+            ["why", "ok"],
+            [f"2: {NOT_CLOSED}", f"4: {BEHIND}"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_quote_out_of_place_swallows_no_row(
+    name: str, content: bytes, questions: list[str], faults: list[str], tmp_path: Path
+) -> None:
+    header = b"id\tquestion\n" if name == "a.tsv" else b"id,question\n"
+    run = prepare_bytes(tmp_path, header + content, name)
+    assert (asked(run), reasons(run)) == (questions, [f"{name}:{fault}" for fault in faults])
+    source = inputs.open_source(tmp_path / name)
+    rows = list(source.rows())
+    for number, row in enumerate(rows[:-1], 1):
+        behind = Place(number, rows[number].line, row.end)
+        assert [again[:4] for again in source.rows(behind)] == [again[:4] for again in rows[number:]]
 
 
 def test_semicolons_separate_where_the_header_has_no_comma(tmp_path: Path) -> None:
