@@ -106,9 +106,14 @@ class Source:
             left_out = parquet.columns_left_out(self.uri, self.images)
         elif self.format == "hf":
             left_out = self._opened.columns(self.images).left_out
+        if self.format not in ("jsonl", "batch") and (row := next(self.rows(), None)) is not None:
+            left_out += [name for name in row.attached or () if name not in (*self.images, *left_out)]
         if left_out:
             names = ", ".join(map(repr, left_out))
-            notes.append(f"columns of bytes are left out: {names}; as images they are sent with --image-field NAME")
+            notes.append(
+                f"columns of bytes are left out: {names}; as images they are sent with --image-field NAME, "
+                "or where a placeholder names them"
+            )
         return notes
 
     @functools.cached_property

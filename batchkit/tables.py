@@ -11,7 +11,7 @@ import csv
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -49,18 +49,18 @@ class Cells(NamedTuple):
     line: int
     start: int
     end: int
-    cells: dict[str, str]
+    cells: dict[str, Any]
     fault: tuple[str, str] | None
 
 
 def read_rows(uri: str, *, tabs: bool, images: tuple[str, ...], start: Place = FILE_START) -> Iterator[Row]:
-    """The rows of a table from `start` on, as JSON objects; what is inline in the fields `images` is attached to them.
+    """The rows of a table from `start` on, as JSON objects; images in their cells are attached to them.
 
     Raises `InputError` for a header that names nothing or one thing twice, and for a quote that swallows rows.
     """
     for cells in read_cells(uri, read_header(uri, tabs=tabs), start):
         attached = detach(cells.cells, images)
-        yield Row(cells.position, cells.line, _encode(cells.cells), cells.end, attached, cells.fault)
+        yield Row(cells.position, cells.line, _encode(cells.cells), cells.end, attached or None, cells.fault)
 
 
 def read_header(uri: str, *, tabs: bool) -> Header:

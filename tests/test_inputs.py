@@ -293,7 +293,11 @@ def test_a_spoilt_csv_row_is_rejected_with_its_line_and_shifts_no_other(
         ("a.csv", b"id\tquestion\n1\t2\n", "its columns are separated by tabs"),
         ("a.csv", "id,question\n1,2\n".encode("utf-16"), "its first line is not UTF-8 text"),
         ("a.csv", b"id,question\r1,why\r2,why\r", "the header cannot be read"),
-        ("a.csv", b'id,question\n1,"why' + b"\n2,why" * 10_000, "a.csv:2: a quote is opened in this row and not closed"),
+        (
+            "a.csv",
+            b'id,question\n1,"why' + b"\n2,why" * 10_000,
+            "a.csv:2: a quote is opened in this row and not closed",
+        ),
         ("a.csv", b'id,"question" or not\n1,why\n', "the header cannot be read: text follows a closing quote"),
         ("a.csv", b",,\n1,2,3\n", "its first line names no column"),
         ("a.jsonl", b"id,question\n1,why\n", "is not JSONL: line 1 begins with 'id,question'"),
@@ -392,9 +396,68 @@ def test_a_cell_may_be_an_image_or_a_list_of_them(tmp_path: Path) -> None:
     got = [pictures(line) for line in request_lines(tmp_path / "run")]
     assert got == [[one], [zero], [zero], [one, two], [one, two], [one, one], []]
     assert [row.get("image") for row in row_lines(tmp_path / "run")] == [
-        "1.png", None, None, None, None, '["1.png", "1.png"]', "", None, "none.png",
+        "1.png", None, None, ["1.png", None], ["1.png", None], '["1.png", "1.png"]', "", None, "none.png",
     ]  # fmt: skip
     assert [reason.split(": ", 1)[0] for reason in reasons(tmp_path / "run")] == ["t.csv:9", "t.csv:10"]
+
+
+def test_jsonl_takes_the_images_that_cells_take_and_base64_is_in_no_message(tmp_path: Path) -> None:
+    text = [base64.b64encode(picture).decode() for picture in PICTURES[:3]]
+    images: list[Any] = [text[0], [text[1], f"data:image/png;base64,{text[2]}"], json.dumps(text), "A" + text[0], [""]]
+    rows = [{"id": number, "image": image, "question": "?"} for number, image in enumerate(images)]
+    preparation.prepare(write_jsonl(tmp_path, rows), tmp_path / "run", model="m")
+    assert [pictures(line) for line in request_lines(tmp_path / "run")] == [PICTURES[:1], PICTURES[1:3], PICTURES[:3]]
+    assert row_lines(tmp_path / "run") == rows
+    size = f"{len(text[0]) + 1:,} characters"
+    assert reasons(tmp_path / "run") == [
+        f"tasks.jsonl:4: image not found: (base64, {size}, of no image format that is known by its beginning)",
+        "tasks.jsonl:5: image field 'image' holds empty, not a path or a list of paths",
+    ]
+
+
+NAMED = "<image_start>[photo]<image_end>?"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "vlmevalkit", "bytes", "struct", "list", "text", "texts", "dictionary"])
+def test_a_placeholder_names_an_image_that_no_option_names(kind: str, tmp_path: Path) -> None:
+    picture, text = PICTURES[3], base64.b64encode(PICTURES[3]).decode()
+    row: dict[str, Any] = {"index": "1", "question": NAMED, "A": "x", "image_path": ""}
+    if kind in ("csv", "tsv", "vlmevalkit"):
+        tasks = tmp_path / ("t.csv" if kind == "csv" else "t.tsv")
+        del row["image_path" if kind == "tsv" else "A"]
+        write_csv(tasks, [row | {"photo": text}], delimiter="," if kind == "csv" else "\t")
+    else:
+        value: Any = {"bytes": picture, "struct": {"bytes": picture, "path": None}, "list": [picture], "text": text}
+        column = pa.array([value.get(kind, [text])])
+        if kind == "dictionary":
+            column = pa.array([picture]).dictionary_encode()
+        tasks = tmp_path / "t.parquet"
+        pq.write_table(pa.table({"index": ["1"], "question": [NAMED], "photo": column}), tasks)
+    report = preparation.prepare(tasks, tmp_path / "run", model="m")
+    assert reasons(tmp_path / "run") == []
+    assert [pictures(line) for line in request_lines(tmp_path / "run")] == [[picture]]
+    assert row_lines(tmp_path / "run")[0].get("photo") == ({"path": None} if kind == "struct" else None)
+    assert "columns of bytes are left out: 'photo'" in report.notes[-1]
+    template = '{{ image("photo") }}{{ index }}'
+    preparation.prepare(tasks, tmp_path / "template", model="m", prompt_template=template)
+    assert [pictures(line) for line in request_lines(tmp_path / "template")] == [[picture]]
+    preparation.prepare(tasks, tmp_path / "unnamed", model="m", prompt_template="{{ index }}")
+    assert b"base64" not in b"".join(request_lines(tmp_path / "unnamed"))
+
+
+def test_lists_in_cells_are_lists_where_images_or_documents_are_meant(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(PICTURES[number])
+    rows = [{"question": NAMED, "photo": '["1.png", "2.png"]'}]
+    preparation.prepare(write_csv(tmp_path / "t.csv", rows), tmp_path / "run", model="m")
+    assert [pictures(line) for line in request_lines(tmp_path / "run")] == [PICTURES[1:3]]
+    assert row_lines(tmp_path / "run") == rows
+    cells = ['["a", "b"]', "['a', 'b']", "a, b", '["a", ""]']
+    write_csv(tmp_path / "d.csv", [{"question": "?", "documents": cell} for cell in cells])
+    preparation.prepare(tmp_path / "d.csv", tmp_path / "scores", model="m", url="/v1/rerank")
+    bodies = [json.loads(line)["body"] for line in request_lines(tmp_path / "scores")]
+    assert [body["documents"] for body in bodies] == [["a", "b"], ["a", "b"], ["a, b"]]
+    assert reasons(tmp_path / "scores") == ["d.csv:5: documents field 'documents'[1] is empty, not text"]
 
 
 def test_rows_without_an_id_are_told_apart_by_their_images(tmp_path: Path) -> None:
