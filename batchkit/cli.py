@@ -195,7 +195,9 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 @click.option("--tasks", metavar="FILE", help="Merge files that no run knows: the task file.")
 @click.option("--responses", multiple=True, metavar="GLOB", help="Output and error files for --tasks. Repeatable.")
 @click.option(
-    "--id-fields", metavar="A,B", help="For --tasks: the fields whose values are the custom_id. [default: id]"
+    "--id-fields",
+    metavar="A,B",
+    help="For --tasks: the fields whose values are the custom_id. [default: id; VLMEvalKit: index]",
 )
 @click.option("--id-separator", default="|", show_default=True, help="Joins the values of several id fields.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
@@ -236,7 +238,7 @@ def merge_command(
             summary = piles.merge_pile(
                 tasks,
                 list(responses),
-                id_fields=tuple(name.strip() for name in id_fields.split(",")) if id_fields else ("id",),
+                id_fields=tuple(name.strip() for name in id_fields.split(",")) if id_fields else None,
                 id_separator=id_separator,
                 progress=progress,
                 **options,

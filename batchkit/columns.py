@@ -106,8 +106,19 @@ class Columns:
             try:
                 raw = _encode(fields)
             except (ValueError, TypeError, OverflowError, RecursionError) as exc:
-                raw, fault = b"{}", fault or ("value", f"a value has no form in JSON: {exc}")
+                raw = _encode({name: value if _has_form(value) else None for name, value in fields.items()})
+                name = next((name for name, value in fields.items() if not _has_form(value)), "")
+                fault = fault or ("value", f"column {name!r} holds what has no form in JSON: {exc}")
             yield Made(raw, attached or None, fault)
+
+
+def _has_form(value: Any) -> bool:
+    """Whether a value can be written as JSON."""
+    try:
+        _encode(value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _plan(index: int, field: pa.Field, images: tuple[str, ...]) -> _Plan:
@@ -167,6 +178,10 @@ def _readable(kind: pa.DataType) -> pa.DataType:
     if is_a.is_list(kind) or is_a.is_large_list(kind):
         made = pa.list_ if is_a.is_list(kind) else pa.large_list
         return made(kind.value_field.with_type(_readable(kind.value_type)))
+    if is_a.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_readable(kind.value_type)), kind.list_size)
+    if is_a.is_map(kind):
+        return pa.map_(_readable(kind.key_type), kind.item_field.with_type(_readable(kind.item_type)))
     return _readable_leaf(kind)
 
 

@@ -127,6 +127,11 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     Raises `InputError` where there is nothing that can be read.
     """
     uri = str(tasks)
+    try:
+        uri.encode()
+    except UnicodeEncodeError as exc:
+        shown = uri.encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"{shown}: the file's name is not UTF-8", hint="rename it") from exc
     if not uri.startswith(hf.SCHEME):
         if is_remote(uri):
             raise InputError(f"{uri}: a task file must be local in this version", hint="download it first")

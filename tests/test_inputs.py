@@ -23,7 +23,9 @@ import pytest
 from PIL import Image
 
 from batchkit import hf, inputs, preparation, vlmevalkit
+from batchkit.columns import Columns
 from batchkit.errors import CredentialsError, InputError, RunError, UsageError
+from batchkit.merging import merge
 from batchkit.piles import merge_pile
 from batchkit.runs import Run
 from batchkit.tasks import Place
@@ -780,6 +782,56 @@ def test_a_named_image_field_that_a_row_lacks_is_a_bad_image(write_tasks: WriteT
     assert reasons(tmp_path / "run") == ["tasks.jsonl:2: no image in 'b'"]
     preparation.prepare(tasks, tmp_path / "text", model="m", image_field=("a", "b"), on_bad_image="text-only")
     assert [len(pictures(line)) for line in request_lines(tmp_path / "text")] == [2, 0]
+
+
+def test_texts_and_names_that_are_not_utf8_are_clear_errors(tmp_path: Path) -> None:
+    tasks = write_jsonl(tmp_path, [{"question": "?"}])
+    for option, value in {
+        "system_prompt": "a\udcff",
+        "extra_body": {"a": ["\udcff"]},
+        "id_fields": ("\udcff",),
+    }.items():
+        flag = "--" + option.replace("_", "-")
+        with pytest.raises(UsageError, match=f"{flag} is not valid UTF-8 text"):
+            preparation.plan(tasks, model="m", **{option: value})  # type: ignore[arg-type]
+    (tmp_path / "schema.json").write_text(r'{"title": "\ud800", "type": "integer"}')
+    with pytest.raises(UsageError, match="--response-schema: a text in it has half of a surrogate pair"):
+        preparation.plan(tasks, model="m", response_schema=tmp_path / "schema.json")
+    with pytest.raises(InputError, match="the file's name is not UTF-8"):
+        preparation.plan(tmp_path / "n\udcff.jsonl", model="m")
+
+
+def test_rows_of_vlmevalkit_are_known_by_their_index(tmp_path: Path) -> None:
+    tasks = write_vlmevalkit(tmp_path, [{"index": "7", "image": "", "question": "?"}])
+    preparation.prepare(tasks, tmp_path / "run", model="m")
+    merge(tmp_path / "run", output=tmp_path / "flat.jsonl", flat=True)
+    assert json.loads((tmp_path / "flat.jsonl").read_text())["id"] == "7"
+    body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
+    line = {"custom_id": "7", "response": {"status_code": 200, "body": body}, "error": None}
+    (tmp_path / "out.jsonl").write_text(json.dumps(line) + "\n")
+    merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert json.loads((tmp_path / "results.jsonl").read_text())["raw_response"] == "yes"
+
+
+def test_nanoseconds_are_read_in_nested_types_and_what_is_not_json_takes_no_other_field(tmp_path: Path) -> None:
+    kind, when = pa.timestamp("ns"), 1_700_000_000_123_456_789
+    columns = {
+        "question": pa.array(["?"]),
+        "map": pa.array([[("a", when)]], pa.map_(pa.string(), kind)),
+        "fixed": pa.array([[when]], pa.list_(kind, 1)),
+        "deep": pa.array([{"a": [[when]]}], pa.struct([("a", pa.list_(pa.list_(kind, 1)))])),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    preparation.prepare(tmp_path / "t.parquet", tmp_path / "run", model="m")
+    text = "2023-11-14T22:13:20.123456"
+    assert row_lines(tmp_path / "run") == [
+        {"question": "?", "map": [["a", text]], "fixed": [text], "deep": {"a": [[text]]}}
+    ]
+    views = pa.record_batch({"view": pa.array([[when]], pa.list_view(kind)), "question": pa.array(["?"])})
+    (made,) = Columns("t", views.schema, ("image",)).rows(views)
+    assert json.loads(made.raw) == {"view": None, "question": "?"}
+    assert made.fault is not None
+    assert made.fault[1].startswith("column 'view' holds what ")
 
 
 def test_a_pile_is_merged_with_the_rows_of_a_table(tmp_path: Path) -> None:
