@@ -79,7 +79,8 @@ def main() -> None:
 def prepare_command(tasks: str, run: str, plan_only: bool, workers: int | None, strict: bool, **options: Any) -> None:
     """Make requests of the rows in TASKS, in the run directory RUN.
 
-    TASKS is a JSONL file: one JSON object a line. Again with the same options, it goes on where it stopped.
+    TASKS is a file of rows (JSONL, CSV, TSV, Parquet) or a Hugging Face dataset. Again with the
+    same options, it goes on where it stopped.
 
     \b
     batchkit prepare tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct --max-side 1024

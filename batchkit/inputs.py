@@ -139,6 +139,8 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
         check_rereadable(uri)
     elif wanted not in ("auto", "hf"):
         raise UsageError(f"{uri} is a Hugging Face dataset, not {wanted}", hint="leave --input-format out")
+    if wanted in ("csv", "tsv", "vlmevalkit"):
+        _refuse_no_table(uri, wanted)
     source = Source(
         uri=uri,
         format=_guess(uri) if wanted == "auto" else wanted,
@@ -148,6 +150,18 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     if source.inferred and source.format == "jsonl" and (source.first or {}).keys() >= BATCH_KEYS:
         return Source(uri, "batch", source.images, inferred=True)
     return source
+
+
+def _refuse_no_table(uri: str, wanted: InputFormat) -> None:
+    """Raise `InputError` where a file that is to be read as a table is seen at once to be another."""
+    if Path(uri).is_dir():
+        return
+    with open_read(uri) as stream:
+        start = stream.read(4096)
+    if start.startswith(PARQUET_START):
+        raise InputError(f"{uri}: is a Parquet file, not {NAMES[wanted]}", hint="--input-format parquet")
+    if _is_json_line(start.removeprefix(jsonl.BOM)):
+        raise InputError(f"{uri}: has a JSON object in its first line, not a header", hint="--input-format jsonl")
 
 
 def _guess(uri: str) -> InputFormat:

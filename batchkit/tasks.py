@@ -266,6 +266,8 @@ def _kind(value: Any) -> str:
         return "null or missing"
     if value in ("", [], {}):
         return "empty"
+    if isinstance(value, str) and not value.strip():
+        return "blank"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 

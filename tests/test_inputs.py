@@ -834,6 +834,27 @@ def test_nanoseconds_are_read_in_nested_types_and_what_is_not_json_takes_no_othe
     assert made.fault[1].startswith("column 'view' holds what ")
 
 
+def test_a_file_that_is_named_a_table_and_is_none_is_one_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["?"]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="is a Parquet file, not CSV"):
+        preparation.plan(tmp_path / "t.parquet", model="m", input_format="csv")
+    tasks = write_jsonl(tmp_path, [{"question": "?"}])
+    with pytest.raises(InputError, match="has a JSON object in its first line, not a header"):
+        preparation.plan(tasks, model="m", input_format="tsv")
+
+
+def test_a_blank_question_is_called_so(tmp_path: Path) -> None:
+    run = prepare_bytes(tmp_path, b"id,question\n1,  \n")
+    assert reasons(run) == ["tasks.csv:2: question field 'question' is blank, not text"]
+
+
+def test_an_unknown_split_is_told_with_one_that_is_there(tmp_path: Path) -> None:
+    uri = split_of_paths(tmp_path, made_rows(1))
+    with pytest.raises(InputError, match="has no split 'foo'") as caught:
+        preparation.plan(uri.replace(":test", ":foo"), model="m")
+    assert caught.value.hint == uri.replace(":test", ":train")
+
+
 def test_a_pile_is_merged_with_the_rows_of_a_table(tmp_path: Path) -> None:
     write_csv(tmp_path / "t.csv", [{"id": "a", "question": "x"}, {"id": "b", "question": "y"}])
     body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
