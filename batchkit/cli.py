@@ -81,7 +81,8 @@ def main() -> None:
 def prepare_command(tasks: str, run: str, *, plan_only: bool, strict: bool, **options: Any) -> None:
     """Make requests of the rows in TASKS, in the run directory RUN.
 
-    TASKS is a JSONL file: one JSON object a line. Again with the same options, it goes on where it stopped.
+    TASKS is a file of rows (JSONL, CSV, TSV, Parquet) or a Hugging Face dataset. Again with the
+    same options, it goes on where it stopped.
 
     \b
     batchkit prepare tasks.jsonl my-run --model Qwen/Qwen3-VL-8B-Instruct --max-side 1024
@@ -199,7 +200,9 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 @click.option("--tasks", metavar="FILE", help="Merge files that no run knows: the task file.")
 @click.option("--responses", multiple=True, metavar="GLOB", help="Output and error files for --tasks. Repeatable.")
 @click.option(
-    "--id-fields", metavar="A,B", help="For --tasks: the fields whose values are the custom_id. [default: id]"
+    "--id-fields",
+    metavar="A,B",
+    help="For --tasks: the fields whose values are the custom_id. [default: id; VLMEvalKit: index]",
 )
 @click.option("--id-separator", default="|", show_default=True, help="Joins the values of several id fields.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
@@ -240,7 +243,7 @@ def merge_command(
             summary = piles.merge_pile(
                 tasks,
                 list(responses),
-                id_fields=tuple(name.strip() for name in id_fields.split(",")) if id_fields else ("id",),
+                id_fields=tuple(name.strip() for name in id_fields.split(",")) if id_fields else None,
                 id_separator=id_separator,
                 progress=progress,
                 **options,

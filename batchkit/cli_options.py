@@ -64,7 +64,7 @@ prepare_options = add_options(
         "--image-field",
         multiple=True,
         metavar="FIELD",
-        help="Field with an image's path, or a list of paths. Repeatable: the images come in this order. "
+        help="Field with an image or its path, or a list of these. Repeatable: the images come in this order. "
         "[default: image, where a row has it]",
     ),
     click.option(

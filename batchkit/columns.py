@@ -1,7 +1,8 @@
 """Arrow record batches → rows: what Parquet files and Hugging Face datasets have in common.
 
 Images are columns of bytes, of structs `{bytes, path}` (Hugging Face's Image feature as it is stored), or lists of
-these; their bytes go into requests as they are. Bytes that no image field names have no form in JSON and are left out.
+these; their bytes go into requests as they are. Bytes have no form in JSON: they travel beside it, where a placeholder
+may name them, too, or are left out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from batchkit.errors import InputError
-from batchkit.inline_images import detach
-from batchkit.tasks import Images
+from batchkit.inline_images import Images, detach
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,6 +54,7 @@ class _Plan(NamedTuple):
     place: int
     name: str
     is_image: bool
+    may_be_image: bool
     has_bytes: bool
     target: Any
 
@@ -96,14 +97,28 @@ class Columns:
                         fields[plan.name] = shown
                 elif not plan.has_bytes:
                     fields[plan.name] = value
-                elif (rest := _without_bytes(value)) is not None:
-                    fields[plan.name] = rest
-            attached |= detach(fields, self._images) or {}
+                else:
+                    if plan.may_be_image and (sources := _split(value)[0]) is not None:
+                        attached[plan.name] = sources
+                    if (rest := _without_bytes(value)) is not None:
+                        fields[plan.name] = rest
+            attached |= detach(fields, self._images)
             try:
                 raw = _encode(fields)
             except (ValueError, TypeError, OverflowError, RecursionError) as exc:
-                raw, fault = b"{}", fault or ("value", f"a value has no form in JSON: {exc}")
+                raw = _encode({name: value if _has_form(value) else None for name, value in fields.items()})
+                name = next((name for name, value in fields.items() if not _has_form(value)), "")
+                fault = fault or ("value", f"column {name!r} holds what has no form in JSON: {exc}")
             yield Made(raw, attached or None, fault)
+
+
+def _has_form(value: Any) -> bool:
+    """Whether a value can be written as JSON."""
+    try:
+        _encode(value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _plan(index: int, field: pa.Field, images: tuple[str, ...]) -> _Plan:
@@ -112,20 +127,41 @@ def _plan(index: int, field: pa.Field, images: tuple[str, ...]) -> _Plan:
         place=index,
         name=field.name,
         is_image=field.name in images,
+        may_be_image=_may_be_image(field.type),
         has_bytes=_has_bytes(field.type),
         target=None if target == field.type else target,
     )
 
 
-def _has_bytes(kind: pa.DataType) -> bool:
+def _is_binary(kind: pa.DataType) -> bool:
     import pyarrow.types as is_a
 
-    if (
+    return bool(
         is_a.is_binary(kind)
         or is_a.is_binary_view(kind)
         or is_a.is_large_binary(kind)
         or is_a.is_fixed_size_binary(kind)
-    ):
+    )
+
+
+def _may_be_image(kind: pa.DataType) -> bool:
+    """Whether a column of this type has the form of one that holds images, or lists of them."""
+    import pyarrow.types as is_a
+
+    if is_a.is_dictionary(kind) or is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind):
+        return _may_be_image(kind.value_type)
+    if is_a.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _is_binary(kind.field(index).type)
+    return _is_binary(kind)
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    import pyarrow.types as is_a
+
+    if is_a.is_dictionary(kind):
+        return _has_bytes(kind.value_type)
+    if _is_binary(kind):
         return True
     return any(_has_bytes(kind.field(index).type) for index in range(kind.num_fields))
 
@@ -142,6 +178,10 @@ def _readable(kind: pa.DataType) -> pa.DataType:
     if is_a.is_list(kind) or is_a.is_large_list(kind):
         made = pa.list_ if is_a.is_list(kind) else pa.large_list
         return made(kind.value_field.with_type(_readable(kind.value_type)))
+    if is_a.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_readable(kind.value_type)), kind.list_size)
+    if is_a.is_map(kind):
+        return pa.map_(_readable(kind.key_type), kind.item_field.with_type(_readable(kind.item_type)))
     return _readable_leaf(kind)
 
 

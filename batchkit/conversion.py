@@ -145,7 +145,8 @@ class Converter:
 
     def _picture(self, image: ImageReference) -> Picture:
         if not self._options.endpoint.takes("image_field", self._options.backend):
-            raise RowError("image", f"{self._options.url} of {self._options.backend} takes no images")
+            where = f"{self._options.url} of {self._options.backend}"
+            raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
         return images.load(image.source, self.root, self._image_options, name=f"(field {image.field!r})")
 
     def _kept(self, row: Row) -> Converted:

@@ -13,6 +13,7 @@ from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS
 from batchkit.results import Result, ResultEncoder
 from batchkit.tasks import DEFAULT_ID_FIELD, DEFAULT_IMAGE_FIELD, parse_object
+from batchkit.vlmevalkit import ID_FIELDS as VLMEVALKIT_ID_FIELDS
 
 COLUMNS = ("id", "question", "has_image", "response", "status", "error_message")
 SEPARATOR = "|"
@@ -40,11 +41,16 @@ class FlatFields:
     batch_format: bool = False
 
 
+def default_ids(input_format: str | None) -> tuple[str, ...]:
+    """The id fields of rows where the user names none."""
+    return VLMEVALKIT_ID_FIELDS if input_format == "vlmevalkit" else (DEFAULT_ID_FIELD,)
+
+
 def fields_of(options: Mapping[str, Any]) -> FlatFields:
     """By the options that a manifest keeps."""
     ids, images = options.get("id_fields"), options.get("image_field")
     return FlatFields(
-        ids=tuple(ids) if ids else None,
+        ids=tuple(ids) if ids else default_ids(options.get("input_format")),
         question=options.get("question_field") or "question",
         images=tuple(images) if images else (DEFAULT_IMAGE_FIELD,),
         batch_format=options.get("input_format") == "batch",

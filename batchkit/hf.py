@@ -113,8 +113,9 @@ def _one_split(uri: str, found: Any, split: str | None) -> datasets.Dataset:
     if split is None and len(names) == 1:
         split = names[0]
     if split not in names:
+        base = uri if split is None else uri.removesuffix(f":{split}")
         what = "names no split" if split is None else f"has no split {split!r}"
-        raise InputError(f"{uri}: {what}; there are {', '.join(names)}", hint=f"{uri.rstrip(':')}:{names[0]}")
+        raise InputError(f"{uri}: {what}; there are {', '.join(names)}", hint=f"{base.rstrip(':')}:{names[0]}")
     return found[split]
 
 

@@ -8,6 +8,7 @@ decoded.
 from __future__ import annotations
 
 import io
+import re
 import stat
 import warnings
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ PROGRAMS = frozenset({"EPS"})
 ORIENTATION = 0x0112
 SIDEWAYS = range(5, 9)
 """EXIF 2.32, tag Orientation: the values that swap width and height."""
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
 
 JPEG_END = b"\xff\xd9"
 PNG_END = b"IEND\xaeB`\x82"
@@ -248,6 +251,8 @@ def _shown(reference: str) -> str:
         return reference.partition(",")[0][:60] + ",…"
     if "://" in reference:
         reference = reference.partition("?")[0]
+    if len(reference) > 64 and _BASE64.fullmatch(reference):
+        return f"(base64, {len(reference):,} characters, of no image format that is known by its beginning)"
     return reference if len(reference) <= 200 else reference[:200] + "…"
 
 

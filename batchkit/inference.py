@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ def _as_lines(rows: Iterable[Mapping[str, Any]], id_field: str) -> tuple[list[by
         if not isinstance(row, Mapping):
             raise InputError(f"row {position} is a {type(row).__name__}, not a mapping", hint="rows are dicts")
         row_id = row.get(id_field, position)
+        if isinstance(row_id, numbers.Integral):
+            row_id = int(row_id)
         if not isinstance(row_id, str | int):
             raise InputError(f"row {position}: its id {row_id!r} is neither a text nor a whole number")
         if row_id in positions:
@@ -123,6 +126,8 @@ def _plain(value: Any) -> Any:
     """A value as JSON has it: images and bytes as data URLs, paths as texts."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):  # numpy's
+        return int(value)
     if isinstance(value, bytes | bytearray):
         return "data:application/octet-stream;base64," + base64.b64encode(value).decode()
     if isinstance(value, list | tuple):

@@ -112,9 +112,14 @@ class Source:
             left_out = parquet.columns_left_out(self.uri, self.images)
         elif self.format == "hf":
             left_out = self._opened.columns(self.images).left_out
+        if self.format not in ("jsonl", "batch") and (row := next(self.rows(), None)) is not None:
+            left_out += [name for name in row.attached or () if name not in (*self.images, *left_out)]
         if left_out:
             names = ", ".join(map(repr, left_out))
-            notes.append(f"columns of bytes are left out: {names}; as images they are sent with --image-field NAME")
+            notes.append(
+                f"columns of bytes are left out: {names}; as images they are sent with --image-field NAME, "
+                "or where a placeholder names them"
+            )
         return notes
 
     @functools.cached_property
@@ -132,6 +137,11 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     Raises `InputError` where there is nothing that can be read.
     """
     uri = str(tasks)
+    try:
+        uri.encode()
+    except UnicodeEncodeError as exc:
+        shown = uri.encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"{shown}: the file's name is not UTF-8", hint="rename it") from exc
     if not uri.startswith(hf.SCHEME):
         if is_remote(uri):
             remotes.look(uri)  # for its errors, which say more than those of opening it
@@ -140,6 +150,8 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
             check_rereadable(uri)
     elif wanted not in ("auto", "hf"):
         raise UsageError(f"{uri} is a Hugging Face dataset, not {wanted}", hint="leave --input-format out")
+    if wanted in ("csv", "tsv", "vlmevalkit"):
+        _refuse_no_table(uri, wanted)
     source = Source(
         uri=uri,
         format=_guess(uri) if wanted == "auto" else wanted,
@@ -149,6 +161,18 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     if source.inferred and source.format == "jsonl" and (source.first or {}).keys() >= BATCH_KEYS:
         return Source(uri, "batch", source.images, inferred=True)
     return source
+
+
+def _refuse_no_table(uri: str, wanted: InputFormat) -> None:
+    """Raise `InputError` where a file that is to be read as a table is seen at once to be another."""
+    if Path(uri).is_dir():
+        return
+    with open_read(uri) as stream:
+        start = stream.read(4096)
+    if start.startswith(PARQUET_START):
+        raise InputError(f"{uri}: is a Parquet file, not {NAMES[wanted]}", hint="--input-format parquet")
+    if _is_json_line(start.removeprefix(jsonl.BOM)):
+        raise InputError(f"{uri}: has a JSON object in its first line, not a header", hint="--input-format jsonl")
 
 
 def _guess(uri: str) -> InputFormat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict
@@ -233,6 +234,8 @@ def check(keywords: PrepareKeywords) -> PrepareOptions:
         keywords["prompt_template"] = read_text_option(template)
     if (system := keywords.get("system_prompt")) is not None:
         keywords["system_prompt"] = read_text_option(system)
+    for name, value in keywords.items():
+        _refuse_no_text(name, value)
     try:
         options = PrepareOptions(**keywords)  # type: ignore[arg-type]  # the schema is a dict by now
     except pydantic.ValidationError as exc:
@@ -244,6 +247,17 @@ def check(keywords: PrepareKeywords) -> PrepareOptions:
         raise UsageError(f"{flag}: {message}", hint="batchkit prepare --help") from exc
     _refuse_misplaced(options)
     return options
+
+
+def _refuse_no_text(name: str, value: Any) -> None:
+    """Raise `UsageError` for bytes of the command line that are not UTF-8, which Python keeps as half surrogates."""
+    try:
+        repr(value) if isinstance(value, type) else json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as exc:
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(f"{flag} is not valid UTF-8 text", hint="check the terminal's encoding (locale)") from exc
+    except (TypeError, ValueError, RecursionError):
+        return  # of the wrong type: it is refused as such
 
 
 def _refuse_misplaced(options: PrepareOptions) -> None:

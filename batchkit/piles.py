@@ -18,7 +18,7 @@ import msgspec
 
 from batchkit import remotes
 from batchkit.errors import InputError, RowError, UsageError
-from batchkit.flat import FlatEncoder, FlatFields
+from batchkit.flat import FlatEncoder, FlatFields, default_ids
 from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
 from batchkit.outputs import Encoder, Outputs, Places, place_of, places
@@ -63,7 +63,7 @@ def merge_pile(
     responses: Sequence[str | Path],
     *,
     output: str | Path | None = None,
-    id_fields: Sequence[str] = ("id",),
+    id_fields: Sequence[str] | None = None,
     id_separator: str = "|",
     parse: str | None = None,
     prefix: str = "",
@@ -74,8 +74,9 @@ def merge_pile(
     """Write one result per row of the file `tasks`, answered from the files that the globs `responses` match.
 
     The custom_id of a row is the text of its id field (a number: as the row writes it), of several joined with
-    `id_separator`. A row without it, or with that of an earlier row, is `rejected`. The other options are those of
-    `merging.merge`. Raises `InputError` where a file is missing, `UsageError` as `merge` does.
+    `id_separator`; `id_fields` None: `id`, of VLMEvalKit's files `index`. A row without it, or with that of an earlier
+    row, is `rejected`. The other options are those of `merging.merge`. Raises `InputError` where a file is missing,
+    `UsageError` as `merge` does.
     """
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
@@ -89,7 +90,7 @@ def merge_pile(
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
     places(output, retry_file, never=[place_of(name) for name in (str(tasks), *files)])
-    pile = _Pile(source, files, tuple(id_fields), id_separator)
+    pile = _Pile(source, files, tuple(id_fields or default_ids(source.format)), id_separator)
     progress = progress or Silent()
     with Outputs(to, encoder) as outputs:
         for row, outcome in zip_longest(source.rows(), pile.outcomes(outputs, to)):

@@ -126,7 +126,7 @@ class PromptMaker:
         """The texts of a task and the places between them."""
         parts: list[str | Place]
         if self._render is not None:
-            parts = self._render(task.fields, {image.field for image in task.images})
+            parts = self._render(task.fields, {*task.attached, *(image.field for image in task.images)})
         else:
             parts = [task.question or ""]
         if self._placeholders:
@@ -151,7 +151,7 @@ def arrange(parts: Sequence[str | Place], task: Task) -> list[str | ImageReferen
         fields.setdefault(image.field, []).append(image)
     for place in places:
         if place.field is not None and place.field not in fields:
-            fields[place.field] = tasks.find_images(task.fields, (place.field,))
+            fields[place.field] = tasks.find_images(task.fields, (place.field,), task.attached)
     unnamed = _unnamed(task.images, places)
     arranged: list[str | ImageReference] = []
     for part in parts:
@@ -188,7 +188,7 @@ def _unnamed(images: Sequence[ImageReference], places: Sequence[Place]) -> list[
 def _named(place: Place, images: Sequence[ImageReference], task: Task) -> Sequence[ImageReference]:
     chosen = images if place.entry is None else images[place.entry : place.entry + 1]
     if not chosen:
-        if place.field not in task.fields:
+        if place.field not in task.fields and place.field not in task.attached:
             why = f"the row has no field {place.field!r}"
         else:
             why = f"the field has {_number(len(images), 'image')}" if images else "the field is empty"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -38,6 +38,12 @@ LARGEST = 1_000_000
 _MEASURES_NOTHING = frozenset({"truncate", "default", "d", "format"})
 """Filters whose numbers do not size what they make."""
 
+_PRINT = frozenset({
+    "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "replace", "safe", "string", "striptags",
+    "title", "trim", "truncate", "upper", "urlencode", "wordcount", "wordwrap",
+})  # fmt: skip
+"""Filters that make a text of what they get."""
+
 _WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*?(?:\*|\d{5})")
 _WIDE_BRACES = re.compile(r"\{[^{}]*(?:\{|:[^{}]*\d{5})")
 
@@ -55,7 +61,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, on_image: Callable[..., str]) -> None:
         # The text goes to a model, not into HTML: escaping would change it.
-        super().__init__(undefined=StrictUndefined, autoescape=False, finalize=_without_undefined)
+        super().__init__(undefined=StrictUndefined, autoescape=False, finalize=_printable)
         self.place_image = on_image
         for name in ("lipsum", "random"):  # a row gives the same request every time
             self.globals.pop(name, None)
@@ -87,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for part in parts:
             if not isinstance(part, str):
                 self._spend(_size(part))
-            texts.append(str(part))
+            texts.append(str(_printable(part)))
             self._spend(len(texts[-1]))
         return "".join(texts)
 
@@ -127,6 +133,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = [*args[skipped:], *kwargs.values()]
+            if given and name in _PRINT:
+                _printable(given[0])
             if given and name not in _MEASURES_NOTHING:
                 _refuse_large(name, given[0], given[1:])
             if name == "format" and isinstance(given[0], str):
@@ -209,13 +217,22 @@ def _size(value: Any) -> int:
     return total
 
 
-def _without_undefined(value: Any) -> Any:
-    """What is printed. A list would print what is undefined in it as «Undefined», where alone it is an error."""
-    pending = [value] if isinstance(value, list | tuple | dict) else []
+def _printable(value: Any) -> Any:
+    """What is printed. A list would print what is undefined in it as «Undefined», where alone it is an error. What has
+    no text of its own would print its place in the memory, another one in each process."""
+    if isinstance(value, str):
+        return value
+    pending = [value]
     while pending:
         one = pending.pop()
         if isinstance(one, Undefined):
-            str(one)  # raises
+            if one is not value:
+                str(one)  # raises
+        elif callable(one):
+            name = getattr(one, "__name__", None) or getattr(one, "name", "what is printed")
+            raise SecurityError(f"{name} is a method; a field of that name is written FIELD[{name!r}]")
+        elif isinstance(one, Iterator):
+            raise SecurityError("what is printed is no value yet; | list makes one of it")
         if isinstance(one, list | tuple):
             pending += one
         elif isinstance(one, dict):

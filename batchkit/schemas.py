@@ -43,6 +43,15 @@ def load(given: Any) -> dict[str, Any]:
             f"--response-schema is a {type(given).__name__}, not a JSON schema or a pydantic model",
             hint="a file's name, package.module:Model, a dict, or the class itself",
         )
+    try:
+        json.dumps(schema, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(
+            "--response-schema: a text in it has half of a surrogate pair, which UTF-8 cannot hold",
+            hint=r"look for \ud800 to \udfff in it",
+        ) from exc
+    except RecursionError as exc:
+        raise UsageError("the response schema is nested too deeply") from exc
     checker(schema)
     return schema
 
@@ -101,7 +110,12 @@ def _of_model(model: Any, name: str) -> dict[str, Any]:
         ) from None
     except Exception as exc:
         raise UsageError(f"--response-schema {name}: has no JSON schema: {exc}") from exc
-    return dict(schema)
+    if not isinstance(schema, dict):
+        raise UsageError(
+            f"--response-schema {name}: its model_json_schema() returns a {type(schema).__name__}, not an object",
+            hint="package.module:Name names a class that inherits from pydantic.BaseModel",
+        )
+    return schema
 
 
 # -- what a schema says ----------------------------------------------------------------------------------------------

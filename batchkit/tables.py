@@ -1,15 +1,17 @@
 """CSV and TSV → rows. Every value is a text; a spoilt row is one with a fault, never a shift of others.
 
 The rules are RFC 4180's, as Python's csv reads them: fields with quotes may hold line breaks, a quote in them is
-doubled. Lines end at a line feed alone (with or without a carriage return before it).
+doubled. Lines end at a line feed alone (with or without a carriage return before it). Where a row of several lines
+breaks these rules, its first line alone is rejected and the next is read as a row: a quote may have swallowed others.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
+from collections import deque
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -21,6 +23,10 @@ from batchkit.tasks import FILE_START, Place, Row
 
 FIELD_LIMIT = 1 << 28
 """Characters of a field: more are a quote that is not closed rather than an image."""
+
+LINES_KEPT = 10_000
+CHARACTERS_KEPT = 1 << 26
+"""How far behind its first line a row is read again where it turns out to break the rules. More are an error."""
 
 EXTRA = "extra cells"
 """Where the row keeps what its header has no name for."""
@@ -43,18 +49,18 @@ class Cells(NamedTuple):
     line: int
     start: int
     end: int
-    cells: dict[str, str]
+    cells: dict[str, Any]
     fault: tuple[str, str] | None
 
 
 def read_rows(uri: str, *, tabs: bool, images: tuple[str, ...], start: Place = FILE_START) -> Iterator[Row]:
-    """The rows of a table from `start` on, as JSON objects; what is inline in the fields `images` is attached to them.
+    """The rows of a table from `start` on, as JSON objects; images in their cells are attached to them.
 
     Raises `InputError` for a header that names nothing or one thing twice, and for a quote that swallows rows.
     """
     for cells in read_cells(uri, read_header(uri, tabs=tabs), start):
         attached = detach(cells.cells, images)
-        yield Row(cells.position, cells.line, _encode(cells.cells), cells.end, attached, cells.fault)
+        yield Row(cells.position, cells.line, _encode(cells.cells), cells.end, attached or None, cells.fault)
 
 
 def read_header(uri: str, *, tabs: bool) -> Header:
@@ -65,10 +71,10 @@ def read_header(uri: str, *, tabs: bool) -> Header:
         first = next(lines, "")
         delimiter = "\t" if tabs else "," if "," in first or ";" not in first else ";"
         try:
-            names = next(csv.reader(itertools.chain([first], lines), delimiter=delimiter), [])
+            names = next(csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True), [])
         except csv.Error as exc:
             hint = f"tr '\\r' '\\n' < {uri} > mended.csv" if first.count("\r") > 1 else "check the file's first line"
-            raise InputError(f"{uri}:1: the header cannot be read: {exc}", hint=hint) from exc
+            raise InputError(f"{uri}:1: the header cannot be read: {_broken_rule(exc)}", hint=hint) from exc
     if not first:
         raise InputError(f"{uri}: has no rows", hint="check the path: the file is empty")
     if lines.broken or "\x00" in first:
@@ -93,47 +99,68 @@ def read_cells(uri: str, header: Header, start: Place = FILE_START) -> Iterator[
         else:
             stream.read(place.offset)
         lines, position = _Lines(stream, place), place.position
-        reader = csv.reader(lines, delimiter=header.delimiter)
-        while (cells := _next(uri, reader, lines, header.names)) is not None:
+        reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
+        while (cells := _next(uri, reader, lines, header)) is not None:
             if cells.cells or cells.fault:
                 if position >= start.position:
                     yield cells._replace(position=position)
                 position += 1
 
 
-def _next(uri: str, reader: Iterator[list[str]], lines: _Lines, names: tuple[str, ...]) -> Cells | None:
+def _next(uri: str, reader: Iterator[list[str]], lines: _Lines, header: Header) -> Cells | None:
     """The next row; None behind the last. One without cells and fault is a blank line."""
-    line, offset = lines.line, lines.offset
-    lines.broken = False
+    line, offset, names = lines.line, lines.offset, header.names
+    lines.begin()
     fault = None
     try:
         cells = next(reader, None)
     except csv.Error as exc:
-        if "field limit" in str(exc):
-            raise InputError(
-                f"{uri}:{line}: a field has more than {FIELD_LIMIT:,} characters", hint="is a quote not closed there?"
-            ) from exc
-        # What Python's csv says then is about how it is called; the one cause is a lone carriage return.
-        cells, fault = [lines.text.rstrip("\r\n")], ("cells", "a carriage return stands alone, outside of quotes")
+        cells, fault = _first_line(uri, line, lines, header, exc)
     if cells is None:
         return None
-    if lines.ended:
-        if lines.line > line + 1:
-            raise InputError(
-                f"{uri}:{line}: a quote is opened in this row and not closed up to the end of the file",
-                hint="close it, or double it if it is a part of the text",
-            )
-        fault = fault or ("cells", "a quote is not closed: the row is cut off")
     if not cells:
         return Cells(0, line, offset, lines.offset, {}, None)
     if len(cells) != len(names):
-        fault = fault or ("cells", f"the row has {len(cells):,} cells, the header {len(names):,}")
+        spans = f" (it spans {lines.line - line:,} lines)" if lines.line > line + 1 else ""
+        fault = fault or ("cells", f"the row has {len(cells):,} cells, the header {len(names):,}{spans}")
     if lines.broken:
         cells = [cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for cell in cells]
         fault = fault or ("utf-8", "the row is not valid UTF-8")
     if any("\x00" in cell for cell in cells):
         fault = fault or ("nul", "the row has a NUL character")
     return Cells(0, line, offset, lines.offset, _named(names, cells), fault)
+
+
+def _first_line(
+    uri: str, line: int, lines: _Lines, header: Header, exc: csv.Error
+) -> tuple[list[str], tuple[str, str]]:
+    """What can be read of the first line of a row that breaks the rules, and why it is rejected; `lines` goes on
+    behind that line. Raises `InputError` where that is too far back."""
+    if "field limit" in str(exc):
+        raise InputError(
+            f"{uri}:{line}: a field has more than {FIELD_LIMIT:,} characters", hint="is a quote not closed there?"
+        ) from exc
+    why = _broken_rule(exc)
+    if lines.line > line + 1:
+        why = "a quote is opened in this row and not closed properly"
+        if not lines.go_back():
+            raise InputError(
+                f"{uri}:{line}: {why}: {lines.line - line:,} lines were read in search of its end",
+                hint="close it, or double it if it is a part of the text",
+            ) from exc
+    try:
+        return next(csv.reader([lines.text], delimiter=header.delimiter), []), ("cells", why)
+    except csv.Error:
+        return [lines.text.rstrip("\r\n")], ("cells", why)
+
+
+def _broken_rule(exc: csv.Error) -> str:
+    """Which rule a row breaks: what Python's csv says is about how it is called."""
+    if "new-line" in str(exc):
+        return "a carriage return stands alone, outside of quotes"
+    if "end of data" in str(exc):
+        return "a quote is not closed: the row is cut off"
+    return "text follows a closing quote: a quote that is part of a text is doubled"
 
 
 def _named(names: tuple[str, ...], cells: list[str]) -> dict[str, str]:
@@ -150,8 +177,7 @@ def _named(names: tuple[str, ...], cells: list[str]) -> dict[str, str]:
 class _Lines:
     """The lines of a file as text, and how far they are read: `line` (from 1) and `offset` are of what comes next.
 
-    `broken` says that a line was not UTF-8 (its bytes are in the text as surrogates), `ended` that one was asked for
-    behind the last.
+    `broken` says that a line since `begin` was not UTF-8 (its bytes are in the text as surrogates).
     """
 
     def __init__(self, stream: BinaryIO, place: Place) -> None:
@@ -160,20 +186,46 @@ class _Lines:
         self.offset = place.offset
         self.text = ""
         self.broken = False
-        self.ended = False
+        self._ahead: deque[bytes] = deque()
+        self._since: list[bytes] | None = []
+        self._size = 0
 
     def __iter__(self) -> _Lines:
         return self
 
+    def begin(self) -> None:
+        """A row begins with the next line."""
+        self.broken = False
+        self._since, self._size = [], 0
+
+    def go_back(self) -> bool:
+        """Go back to behind the first line since `begin`, and say whether that was possible."""
+        if not self._since:
+            return False
+        first, *others = self._since
+        self._ahead.extendleft(reversed(others))
+        self.offset -= sum(map(len, others))
+        self.line -= len(others)
+        self.begin()
+        self._take(first)
+        return True
+
     def __next__(self) -> str:
-        raw = self._stream.readline()
+        raw = self._ahead.popleft() if self._ahead else self._stream.readline()
         if not raw:
-            self.ended = True
             raise StopIteration
         if self.offset == 0:
             self.offset, raw = (len(BOM), raw[len(BOM) :]) if raw.startswith(BOM) else (0, raw)
         self.offset += len(raw)
         self.line += 1
+        if self._since is not None:
+            self._size += len(raw) if self._since else 0
+            self._since.append(raw)
+            if len(self._since) > LINES_KEPT or self._size > CHARACTERS_KEPT:
+                self._since = None
+        return self._take(raw)
+
+    def _take(self, raw: bytes) -> str:
         try:
             self.text = raw.decode()
         except UnicodeDecodeError:

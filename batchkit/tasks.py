@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import msgspec
 
 from batchkit.endpoints import endpoint_at
 from batchkit.errors import RowError
+from batchkit.inline_images import Images, as_source, images_in, is_inline, split_list
 
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body"})
 """The keys of a request in OpenAI batch format (platform.openai.com/docs/guides/batch)."""
@@ -29,9 +30,6 @@ DEFAULT_ID_FIELD = "id"
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
-
-Images = tuple[str | bytes, ...]
-"""The images of one field: encoded bytes, or a path or URL (a `data:` URL, too)."""
 
 NONE_ATTACHED: Mapping[str, Images] = {}
 
@@ -78,12 +76,13 @@ class ImageReference(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The validated view of a row. `images` are in the order of the fields."""
+    """The validated view of a row. `images` are in the order of the fields; `attached` are the row's, of any field."""
 
     custom_id: str
     fields: dict[str, Any]
     images: list[ImageReference]
     question: str | None
+    attached: Mapping[str, Images] = NONE_ATTACHED
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,7 @@ def to_task(row: Row, names: Fields) -> Task:
         fields=fields,
         images=find_images(fields, names.images, row.attached or NONE_ATTACHED),
         question=_question(fields, names),
+        attached=row.attached or NONE_ATTACHED,
     )
 
 
@@ -178,17 +178,22 @@ def find_images(
     """The images of these fields, in this order. Raises `RowError` where one holds something else."""
     references: list[ImageReference] = []
     for name in names if names is not None else (DEFAULT_IMAGE_FIELD,):
-        if name in attached:
-            references += [ImageReference(name, source) for source in attached[name]]
-            continue
-        value = fields.get(name)
-        if value is None or value == "":
-            continue
-        for source in value if isinstance(value, list) else [value]:
-            if not isinstance(source, str) or not source:
+        for source in attached[name] if name in attached else _sources(fields.get(name)):
+            if not isinstance(source, str | bytes) or not source:
                 raise RowError("image", f"image field {name!r} holds {_kind(source)}, not a path or a list of paths")
             references.append(ImageReference(name, source))
     return references
+
+
+def _sources(value: Any) -> Iterable[Any]:
+    """What an image field of the row's JSON holds, in order."""
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        return images_in(value)
+    if not isinstance(value, list):
+        return (value,)
+    return [as_source(one) if isinstance(one, str) and is_inline(one) else one for one in value]
 
 
 def _question(fields: dict[str, Any], names: Fields) -> str | None:
@@ -205,8 +210,11 @@ def _question(fields: dict[str, Any], names: Fields) -> str | None:
 
 
 def documents_of(fields: dict[str, Any], name: str) -> str | list[str]:
-    """What the row's question is compared with: one text, or a list of them. Raises `RowError` where it is neither."""
+    """What the row's question is compared with: one text, or a list of them (also one that is written as a text, as in
+    the cell of a table). Raises `RowError` where it is neither."""
     value = fields.get(name)
+    if isinstance(value, str) and (listed := split_list(value.strip())) is not None:
+        value = listed
     if isinstance(value, str) and value.strip():
         return value
     if not isinstance(value, list) or not value:
@@ -258,6 +266,8 @@ def _kind(value: Any) -> str:
         return "null or missing"
     if value in ("", [], {}):
         return "empty"
+    if isinstance(value, str) and not value.strip():
+        return "blank"
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 

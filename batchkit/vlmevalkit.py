@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 
 from batchkit.errors import InputError
-from batchkit.inline_images import SHORTEST, as_source, cell_images, split_list
+from batchkit.inline_images import SHORTEST, Images, as_source, detach, images_in, is_inline, split_list
 from batchkit.storage import is_plain_local
 from batchkit.tables import Header, read_cells, read_header
-from batchkit.tasks import FILE_START, Images, Place, Row
+from batchkit.tasks import FILE_START, Place, Row
 
 INDEX, IMAGE, PATH, QUESTION, HINT = "index", "image", "image_path", "question", "hint"
 ID_FIELDS = (INDEX,)
@@ -76,6 +76,7 @@ def read_rows(uri: str, *, images: tuple[str, ...], start: Place = FILE_START) -
                     del fields[name]
             elif name == IMAGE and fields.get(IMAGE, "").isdecimal():
                 fault = fault or ("image", f"no row with an image of its own has the index {fields[IMAGE]!r}")
+        attached = detach(fields, ()) | attached
         yield Row(cells.position, cells.line, _encode(fields), cells.end, attached or None, fault)
 
 
@@ -91,7 +92,7 @@ def _elsewhere(fields: Mapping[str, str], others: _Others) -> Images | None:
 def _own_images(cell: str) -> Images | None:
     """The images that a cell itself holds; None where it is missing, a path, or the index of another row."""
     if len(cell) <= SHORTEST:
-        return cell_images(cell)[0]
+        return images_in(cell) if is_inline(cell) or split_list(cell) is not None else None
     listed = split_list(cell)
     if listed is not None:
         return tuple(as_source(one) if _is_base64(one) else one for one in listed)

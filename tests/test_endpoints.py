@@ -152,7 +152,7 @@ def test_a_score_compares_the_question_with_a_document_or_several(bodies: Bodies
         "tasks.jsonl:4: documents field 'documents' is empty, not a text or a list of texts",
         "tasks.jsonl:5: documents field 'documents'[1] is a number, not text",
         "tasks.jsonl:6: documents field 'documents' is an object, not a text or a list of texts",
-        f"tasks.jsonl:7: {url} of vllm takes no images",
+        f"tasks.jsonl:7: {url} of vllm takes no images; --on-bad-image text-only sends the texts alone",
     ]
     assert bodies([rows[-1]], url=url, on_bad_image="text-only") == [{"text_1": "q", "text_2": "one"}]
 

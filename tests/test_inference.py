@@ -112,6 +112,12 @@ def test_rows_that_cannot_be_taken_are_named(server: Server, tmp_path: Path) -> 
 # -- what people get wrong --------------------------------------------------------------------------------------------
 
 
+def test_whole_numbers_of_numpy_are_ids_as_pythons_are(server: Server) -> None:
+    numpy = pytest.importorskip("numpy")
+    given = [{"id": numpy.int64(7), "n": numpy.int32(2), "question": "q"}]
+    assert ask(server, given, only=numpy.array([7])) == {7: "answer to q"}
+
+
 def test_only_may_be_a_generator(server: Server) -> None:
     assert ask(server, rows(), only=(f"r{n}" for n in (1, 3))) == {"r1": "answer to q1", "r3": "answer to q3"}
 

@@ -23,9 +23,12 @@ import pytest
 from PIL import Image
 
 from batchkit import hf, inputs, preparation, vlmevalkit
+from batchkit.columns import Columns
 from batchkit.errors import CredentialsError, InputError, RunError, UsageError
+from batchkit.merging import merge
 from batchkit.piles import merge_pile
 from batchkit.runs import Run
+from batchkit.tasks import Place
 from tests.conftest import WriteTasks
 
 ROWS = 10_000
@@ -292,7 +295,12 @@ def test_a_spoilt_csv_row_is_rejected_with_its_line_and_shifts_no_other(
         ("a.csv", b"id\tquestion\n1\t2\n", "its columns are separated by tabs"),
         ("a.csv", "id,question\n1,2\n".encode("utf-16"), "its first line is not UTF-8 text"),
         ("a.csv", b"id,question\r1,why\r2,why\r", "the header cannot be read"),
-        ("a.csv", b'id,question\n1,"why\n2,why\n3,why\n', "a.csv:2: a quote is opened in this row and not closed"),
+        (
+            "a.csv",
+            b'id,question\n1,"why' + b"\n2,why" * 10_000,
+            "a.csv:2: a quote is opened in this row and not closed",
+        ),
+        ("a.csv", b'id,"question" or not\n1,why\n', "the header cannot be read: text follows a closing quote"),
         ("a.csv", b",,\n1,2,3\n", "its first line names no column"),
         ("a.jsonl", b"id,question\n1,why\n", "is not JSONL: line 1 begins with 'id,question'"),
         ("a.parquet", b"id,question\n1,why\n", "cannot be read as Parquet"),
@@ -330,6 +338,41 @@ def test_inferred_formats_are_told(tmp_path: Path) -> None:
     assert preparation.plan(tmp_path / "a.csv", model="m", input_format="csv").notes == []
 
 
+NOT_CLOSED = "a quote is opened in this row and not closed properly"
+BEHIND = "text follows a closing quote: a quote that is part of a text is doubled"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "questions", "faults"),
+    [
+        ("a.csv", b'1,"abc\n2,ok\n3,"x"\n4,y\n', ["ok", "x", "y"], [f"2: {NOT_CLOSED}"]),
+        ("a.csv", b'1,"abc\r\n2,ok\r\n3,why', ["ok", "why"], [f"2: {NOT_CLOSED}"]),
+        ("a.csv", b'1,"the 12" monitor"\n2,ok\n', ["ok"], [f"2: {BEHIND}"]),
+        ("a.csv", b'1,"a" \n2,12" is wide\n', ['12" is wide'], [f"2: {BEHIND}"]),
+        ("a.csv", b'1,"a\n2,"b\n3,"c\n4,d\n', ["d"], [f"{line}: {NOT_CLOSED}" for line in (2, 3, 4)]),
+        ("a.csv", b'1,"a\n2,ok\n3,"b",c\n', ["ok"], [f"2: {NOT_CLOSED}", "4: the row has 3 cells, the header 2"]),
+        ("a.csv", b'1,"a\nb",c\n4,d\n', ["d"], ["2: the row has 3 cells, the header 2 (it spans 2 lines)"]),
+        (
+            "a.tsv",
+            b'1\t"Stop, she said\n2\twhy\n3\t"No" he said\n4\tok\n',
+            ["why", "ok"],
+            [f"2: {NOT_CLOSED}", f"4: {BEHIND}"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_quote_out_of_place_swallows_no_row(
+    name: str, content: bytes, questions: list[str], faults: list[str], tmp_path: Path
+) -> None:
+    header = b"id\tquestion\n" if name == "a.tsv" else b"id,question\n"
+    run = prepare_bytes(tmp_path, header + content, name)
+    assert (asked(run), reasons(run)) == (questions, [f"{name}:{fault}" for fault in faults])
+    source = inputs.open_source(tmp_path / name)
+    rows = list(source.rows())
+    for number, row in enumerate(rows[:-1], 1):
+        behind = Place(number, rows[number].line, row.end)
+        assert [again[:4] for again in source.rows(behind)] == [again[:4] for again in rows[number:]]
+
+
 def test_semicolons_separate_where_the_header_has_no_comma(tmp_path: Path) -> None:
     run = prepare_bytes(tmp_path, b'id;question\n1;"a;b, c"\n')
     assert asked(run) == ["a;b, c"]
@@ -355,9 +398,68 @@ def test_a_cell_may_be_an_image_or_a_list_of_them(tmp_path: Path) -> None:
     got = [pictures(line) for line in request_lines(tmp_path / "run")]
     assert got == [[one], [zero], [zero], [one, two], [one, two], [one, one], []]
     assert [row.get("image") for row in row_lines(tmp_path / "run")] == [
-        "1.png", None, None, None, None, '["1.png", "1.png"]', "", None, "none.png",
+        "1.png", None, None, ["1.png", None], ["1.png", None], '["1.png", "1.png"]', "", None, "none.png",
     ]  # fmt: skip
     assert [reason.split(": ", 1)[0] for reason in reasons(tmp_path / "run")] == ["t.csv:9", "t.csv:10"]
+
+
+def test_jsonl_takes_the_images_that_cells_take_and_base64_is_in_no_message(tmp_path: Path) -> None:
+    text = [base64.b64encode(picture).decode() for picture in PICTURES[:3]]
+    images: list[Any] = [text[0], [text[1], f"data:image/png;base64,{text[2]}"], json.dumps(text), "A" + text[0], [""]]
+    rows = [{"id": number, "image": image, "question": "?"} for number, image in enumerate(images)]
+    preparation.prepare(write_jsonl(tmp_path, rows), tmp_path / "run", model="m")
+    assert [pictures(line) for line in request_lines(tmp_path / "run")] == [PICTURES[:1], PICTURES[1:3], PICTURES[:3]]
+    assert row_lines(tmp_path / "run") == rows
+    size = f"{len(text[0]) + 1:,} characters"
+    assert reasons(tmp_path / "run") == [
+        f"tasks.jsonl:4: image not found: (base64, {size}, of no image format that is known by its beginning)",
+        "tasks.jsonl:5: image field 'image' holds empty, not a path or a list of paths",
+    ]
+
+
+NAMED = "<image_start>[photo]<image_end>?"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "vlmevalkit", "bytes", "struct", "list", "text", "texts", "dictionary"])
+def test_a_placeholder_names_an_image_that_no_option_names(kind: str, tmp_path: Path) -> None:
+    picture, text = PICTURES[3], base64.b64encode(PICTURES[3]).decode()
+    row: dict[str, Any] = {"index": "1", "question": NAMED, "A": "x", "image_path": ""}
+    if kind in ("csv", "tsv", "vlmevalkit"):
+        tasks = tmp_path / ("t.csv" if kind == "csv" else "t.tsv")
+        del row["image_path" if kind == "tsv" else "A"]
+        write_csv(tasks, [row | {"photo": text}], delimiter="," if kind == "csv" else "\t")
+    else:
+        value: Any = {"bytes": picture, "struct": {"bytes": picture, "path": None}, "list": [picture], "text": text}
+        column = pa.array([value.get(kind, [text])])
+        if kind == "dictionary":
+            column = pa.array([picture]).dictionary_encode()
+        tasks = tmp_path / "t.parquet"
+        pq.write_table(pa.table({"index": ["1"], "question": [NAMED], "photo": column}), tasks)
+    report = preparation.prepare(tasks, tmp_path / "run", model="m")
+    assert reasons(tmp_path / "run") == []
+    assert [pictures(line) for line in request_lines(tmp_path / "run")] == [[picture]]
+    assert row_lines(tmp_path / "run")[0].get("photo") == ({"path": None} if kind == "struct" else None)
+    assert "columns of bytes are left out: 'photo'" in report.notes[-1]
+    template = '{{ image("photo") }}{{ index }}'
+    preparation.prepare(tasks, tmp_path / "template", model="m", prompt_template=template)
+    assert [pictures(line) for line in request_lines(tmp_path / "template")] == [[picture]]
+    preparation.prepare(tasks, tmp_path / "unnamed", model="m", prompt_template="{{ index }}")
+    assert b"base64" not in b"".join(request_lines(tmp_path / "unnamed"))
+
+
+def test_lists_in_cells_are_lists_where_images_or_documents_are_meant(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(PICTURES[number])
+    rows = [{"question": NAMED, "photo": '["1.png", "2.png"]'}]
+    preparation.prepare(write_csv(tmp_path / "t.csv", rows), tmp_path / "run", model="m")
+    assert [pictures(line) for line in request_lines(tmp_path / "run")] == [PICTURES[1:3]]
+    assert row_lines(tmp_path / "run") == rows
+    cells = ['["a", "b"]', "['a', 'b']", "a, b", '["a", ""]']
+    write_csv(tmp_path / "d.csv", [{"question": "?", "documents": cell} for cell in cells])
+    preparation.prepare(tmp_path / "d.csv", tmp_path / "scores", model="m", url="/v1/rerank")
+    bodies = [json.loads(line)["body"] for line in request_lines(tmp_path / "scores")]
+    assert [body["documents"] for body in bodies] == [["a", "b"], ["a", "b"], ["a, b"]]
+    assert reasons(tmp_path / "scores") == ["d.csv:5: documents field 'documents'[1] is empty, not text"]
 
 
 def test_rows_without_an_id_are_told_apart_by_their_images(tmp_path: Path) -> None:
@@ -680,6 +782,77 @@ def test_a_named_image_field_that_a_row_lacks_is_a_bad_image(write_tasks: WriteT
     assert reasons(tmp_path / "run") == ["tasks.jsonl:2: no image in 'b'"]
     preparation.prepare(tasks, tmp_path / "text", model="m", image_field=("a", "b"), on_bad_image="text-only")
     assert [len(pictures(line)) for line in request_lines(tmp_path / "text")] == [2, 0]
+
+
+def test_texts_and_names_that_are_not_utf8_are_clear_errors(tmp_path: Path) -> None:
+    tasks = write_jsonl(tmp_path, [{"question": "?"}])
+    for option, value in {
+        "system_prompt": "a\udcff",
+        "extra_body": {"a": ["\udcff"]},
+        "id_fields": ("\udcff",),
+    }.items():
+        flag = "--" + option.replace("_", "-")
+        with pytest.raises(UsageError, match=f"{flag} is not valid UTF-8 text"):
+            preparation.plan(tasks, model="m", **{option: value})  # type: ignore[arg-type]
+    (tmp_path / "schema.json").write_text(r'{"title": "\ud800", "type": "integer"}')
+    with pytest.raises(UsageError, match="--response-schema: a text in it has half of a surrogate pair"):
+        preparation.plan(tasks, model="m", response_schema=tmp_path / "schema.json")
+    with pytest.raises(InputError, match="the file's name is not UTF-8"):
+        preparation.plan(tmp_path / "n\udcff.jsonl", model="m")
+
+
+def test_rows_of_vlmevalkit_are_known_by_their_index(tmp_path: Path) -> None:
+    tasks = write_vlmevalkit(tmp_path, [{"index": "7", "image": "", "question": "?"}])
+    preparation.prepare(tasks, tmp_path / "run", model="m")
+    merge(tmp_path / "run", output=tmp_path / "flat.jsonl", flat=True)
+    assert json.loads((tmp_path / "flat.jsonl").read_text())["id"] == "7"
+    body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
+    line = {"custom_id": "7", "response": {"status_code": 200, "body": body}, "error": None}
+    (tmp_path / "out.jsonl").write_text(json.dumps(line) + "\n")
+    merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
+    assert json.loads((tmp_path / "results.jsonl").read_text())["raw_response"] == "yes"
+
+
+def test_nanoseconds_are_read_in_nested_types_and_what_is_not_json_takes_no_other_field(tmp_path: Path) -> None:
+    kind, when = pa.timestamp("ns"), 1_700_000_000_123_456_789
+    columns = {
+        "question": pa.array(["?"]),
+        "map": pa.array([[("a", when)]], pa.map_(pa.string(), kind)),
+        "fixed": pa.array([[when]], pa.list_(kind, 1)),
+        "deep": pa.array([{"a": [[when]]}], pa.struct([("a", pa.list_(pa.list_(kind, 1)))])),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    preparation.prepare(tmp_path / "t.parquet", tmp_path / "run", model="m")
+    text = "2023-11-14T22:13:20.123456"
+    assert row_lines(tmp_path / "run") == [
+        {"question": "?", "map": [["a", text]], "fixed": [text], "deep": {"a": [[text]]}}
+    ]
+    views = pa.record_batch({"view": pa.array([[when]], pa.list_view(kind)), "question": pa.array(["?"])})
+    (made,) = Columns("t", views.schema, ("image",)).rows(views)
+    assert json.loads(made.raw) == {"view": None, "question": "?"}
+    assert made.fault is not None
+    assert made.fault[1].startswith("column 'view' holds what ")
+
+
+def test_a_file_that_is_named_a_table_and_is_none_is_one_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["?"]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="is a Parquet file, not CSV"):
+        preparation.plan(tmp_path / "t.parquet", model="m", input_format="csv")
+    tasks = write_jsonl(tmp_path, [{"question": "?"}])
+    with pytest.raises(InputError, match="has a JSON object in its first line, not a header"):
+        preparation.plan(tasks, model="m", input_format="tsv")
+
+
+def test_a_blank_question_is_called_so(tmp_path: Path) -> None:
+    run = prepare_bytes(tmp_path, b"id,question\n1,  \n")
+    assert reasons(run) == ["tasks.csv:2: question field 'question' is blank, not text"]
+
+
+def test_an_unknown_split_is_told_with_one_that_is_there(tmp_path: Path) -> None:
+    uri = split_of_paths(tmp_path, made_rows(1))
+    with pytest.raises(InputError, match="has no split 'foo'") as caught:
+        preparation.plan(uri.replace(":test", ":foo"), model="m")
+    assert caught.value.hint == uri.replace(":test", ":train")
 
 
 def test_a_pile_is_merged_with_the_rows_of_a_table(tmp_path: Path) -> None:

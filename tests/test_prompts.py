@@ -254,6 +254,24 @@ def test_a_field_cannot_forge_the_mark_of_image() -> None:
     assert seen[2] == "{{ image('a') }}"
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ meta.items }}", "items is a method; a field of that name is written FIELD['items']"),
+        ("{{ [meta.items] }}", "items is a method; a field of that name is written FIELD['items']"),
+        ("{{ 'a' ~ meta.count }}", "count is a method; a field of that name is written FIELD['count']"),
+        ("{{ meta.items | upper }}", "items is a method; a field of that name is written FIELD['items']"),
+        ("{{ meta.values() | map('upper') }}", "what is printed is no value yet; | list makes one of it"),
+    ],
+)
+def test_what_has_no_text_of_its_own_is_not_printed(template: str, why: str, prepared: Prepared) -> None:
+    row = {"meta": {"items": "x"}, "question": "?"}
+    if "count" in template:
+        row["meta"] = ["x"]
+    assert prepared(row, prompt_template=template) == [("template", f"the prompt template fails: {why}")]
+    assert prepared({"meta": {"items": "x"}}, prompt_template="{{ meta['items'] }}") == [["x"]]
+
+
 ATTACKS = [
     "{{ ''.__class__ }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",

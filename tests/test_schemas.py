@@ -54,6 +54,12 @@ def test_a_file_a_model_a_class_and_a_dict_are_taken(tmp_path: Path, monkeypatch
     assert schemas.load("tests.test_schemas:Loose") == Loose.model_json_schema()
 
 
+class NoDict:
+    @classmethod
+    def model_json_schema(cls) -> list[int]:
+        return [1]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -63,6 +69,8 @@ def test_a_file_a_model_a_class_and_a_dict_are_taken(tmp_path: Path, monkeypatch
         ("tests.test_schemas:Nothing", InputError, "cannot be imported: AttributeError"),
         ("no_such_module_here:Name", InputError, "cannot be imported: ModuleNotFoundError"),
         ("tests.test_schemas:CITY", UsageError, "is a dict, not a pydantic model"),
+        ("tests.test_schemas:NoDict", UsageError, r"its model_json_schema\(\) returns a list, not an object"),
+        ({"title": "\ud800"}, UsageError, "a text in it has half of a surrogate pair"),
         (7, UsageError, "is a int, not a JSON schema"),
         ({"type": "objekt"}, UsageError, r"is no JSON schema: \$.type: 'objekt' is not valid"),
         ({"type": "string", "pattern": "("}, UsageError, "is no JSON schema"),
