@@ -298,3 +298,13 @@ def test_a_plain_answer_is_as_it_was(made: MadeRun) -> None:
     merge(made.run)
     assert results_of(made.run.path / "results.jsonl")[0]["raw_response"] == " red "
     assert not (made.run.path / "output_images").exists()
+
+
+def test_an_image_that_the_completions_endpoint_gives_is_an_image_too() -> None:
+    def completion(said: str) -> bytes:
+        return line("x", {"model": "m", "choices": [{"index": 0, "text": said, "finish_reason": "stop"}]})
+
+    alone = parse(completion(url(RED)), lambda _: "1.png")
+    assert (alone.verdict, alone.answer, [image.kept for image in alone.images]) == (Verdict.ANSWERED, "", ["1.png"])
+    both = parse(completion(f"Here: ![]({url(RED)}) there"), lambda _: "1.png")
+    assert (both.answer, len(both.images), both.segments) == ("Here: \n\n there", 1, 2)
