@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def merge(
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
     `run` may be several runs: parts of one task file, in any order. Their results are one, in the order of the rows.
+    Rows whose images or prompts are not in them (of tables with images inside, of VLMEvalKit) make no file to retry.
     `output` is `RUN/results.jsonl` unless given, and may be a `.csv` or `.parquet`; `parse` is one of `answers.KINDS`,
     unless given `text`, or `json` checked against the schema where a run was prepared with one; `prefix` goes before
     the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. Nothing is replaced unless all of it
@@ -58,6 +60,12 @@ def merge(
     encoder: ResultEncoder | FlatEncoder
     encoder = FlatEncoder(parse, FlatFields(ids=None)) if flat else ResultEncoder(parse=parse, prefix=prefix)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
+    has_retry = all(span.rows_are_tasks for span in parts.spans)
+    if retry_file is not None and not has_retry:
+        raise UsageError(
+            f"--retry-file {retry_file}: rows of this run are no tasks by themselves, without their images and prompts",
+            hint=f"{send_rest(runs)} sends only the rows without an answer",
+        )
     prepared = [run.prepared() for run in runs]
     for totals in prepared:
         if totals is not None:
@@ -70,7 +78,7 @@ def merge(
             leases.enter_context(one.lease("merge"))
             _remove_leftovers(one, to)
         billing = Billing(host="openai", model=None)
-        with Outputs(to, encoder, billing) as outputs:
+        with Outputs(to, encoder, billing, retry=has_retry) as outputs:
             for span in parts.spans:
                 manifest = span.run.manifest
                 encoder.turn_to(manifest.model, manifest.response_schema)
@@ -83,7 +91,17 @@ def merge(
                     _merge_shard(span.run, seal, outputs, billing)
                     attempts += span.run.job(seal.shard).attempts
                     progress.update(seal.end - seal.start)
-        return outputs.write_summary(**parts.known(), attempts=attempts, prepared=None not in prepared)
+        return outputs.write_summary(
+            **parts.known(),
+            attempts=attempts,
+            prepared=None not in prepared,
+            send_rest=None if has_retry else send_rest(runs),
+        )
+
+
+def send_rest(runs: Sequence[Run]) -> str:
+    """The command that asks again what has no answer."""
+    return "batchkit prepare TASKS NEW_RUN … " + " ".join(f"--reuse {shlex.quote(str(run.path))}" for run in runs)
 
 
 def _remove_leftovers(run: Run, to: Places) -> None:

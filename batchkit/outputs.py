@@ -98,9 +98,11 @@ def _bare(name: str) -> str:
 
 class Outputs:
     """Takes rows with their outcomes in row order. As a context manager: the files get their names only where the
-    block ends well, the results last."""
+    block ends well, the results last. Without `retry` the rows to retry are left out: they are no tasks."""
 
-    def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None) -> None:
+    def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None, *, retry: bool = True) -> None:
+        self._has_retry = retry
+        self._retry: IO[bytes] | None = None
         self.tally = Tally()
         self.album = Album(to.images)
         self._billing = billing
@@ -119,7 +121,8 @@ class Outputs:
         self._results: Any = self._stack.enter_context(
             (write_table if is_table else write_compressed)(self._to.results)
         )
-        self._retry = self._stack.enter_context(write_compressed(self._to.retry))
+        if self._has_retry:
+            self._retry = self._stack.enter_context(write_compressed(self._to.retry))
         self._stack.enter_context(self.album.opened())
         return self
 
@@ -133,10 +136,14 @@ class Outputs:
             self._flush()
         if self._unexpected is None:
             self._to.unexpected.unlink(missing_ok=True)  # of an earlier merge
+        if self._retry is None:
+            self._to.retry.unlink(missing_ok=True)  # of an earlier merge, and no task file
 
     def _flush(self) -> None:
         """Bring all files to the disk before the first gets its name: where one does not fit, none is replaced."""
-        streams = [(self._to.results, self._results), (self._to.retry, self._retry)]
+        streams = [(self._to.results, self._results)]
+        if self._retry is not None:
+            streams.append((self._to.retry, self._retry))
         if self._unexpected is not None:
             streams.append((self._to.unexpected, self._unexpected))
         for path, stream in streams:
@@ -156,7 +163,7 @@ class Outputs:
         self.tally.add(outcome, result.verdict, result.error)
         if self._billing is not None and response is not None and outcome.reused_from is None:
             self._billing.add(response, outcome.backend)
-        if result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
+        if self._retry is not None and result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
             self._retry.write(row + b"\n")
 
     def add_strays(self, unexpected: Iterable[bytes], unreadable: Iterable[bytes]) -> None:
@@ -178,7 +185,7 @@ class Outputs:
         summary = self.tally.summary(
             spent=self._billing.spent() if self._billing is not None else None,
             output=str(self._to.results),
-            retry_file=str(self._to.retry),
+            retry_file=str(self._to.retry) if self._retry is not None else None,
             unexpected_file=str(self._to.unexpected) if self._unexpected is not None else None,
             **known,
         )

@@ -19,12 +19,14 @@ _ONE_FILE = "name the parts of one task file, each prepared with its own --start
 
 
 class Span(NamedTuple):
-    """A run and the rows `[start, end)` that it had when it was looked at; `last` is its last seal."""
+    """A run and the rows `[start, end)` that it had when it was looked at; `last` is its last seal. `attached`: some
+    rows had images beside their JSON."""
 
     run: Run
     start: int
     end: int
     last: Seal | None
+    attached: bool = False
 
     def seals(self) -> Iterator[Seal]:
         """Those of these rows: more may have been prepared since."""
@@ -33,6 +35,12 @@ class Span(NamedTuple):
     @property
     def rows(self) -> str:
         return f"{self.start:,} to {self.end - 1:,}"
+
+    @property
+    def rows_are_tasks(self) -> bool:
+        """Whether the rows that the run keeps ask by themselves what was asked: those of some tables had images beside
+        them, and those of VLMEvalKit are asked by its own rules."""
+        return not self.attached and self.run.manifest.options.get("input_format") != "vlmevalkit"
 
 
 class Parts:
@@ -66,12 +74,14 @@ class Parts:
 
 def _span(run: Run) -> Span:
     first = last = None
+    attached = False
     for last in run.seals():  # the last one is wanted
         first = first or last
+        attached = attached or bool(last.attached_checksum)
     if first is None or last is None:
         start = int(run.manifest.options.get("start") or 0)
         return Span(run, start, start, None)
-    return Span(run, first.start, last.end, last)
+    return Span(run, first.start, last.end, last, attached)
 
 
 def _refuse_twice(runs: Sequence[Run]) -> None:
