@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +131,20 @@ def _goes_on(span: Span) -> bool:
     in_bytes = asked.options.get("input_format") in ("jsonl", "batch") and is_plain_local(asked.input.uri)
     if not in_bytes or span.last is None or span.run.prepared() is None:
         return False
-    return asked.input.bytes - span.last.next_offset > 1  # one byte is no row
+    return _has_row(Path(asked.input.uri.removeprefix("file://")), span.last.next_offset, asked.input.bytes)
+
+
+def _has_row(path: Path, start: int, end: int) -> bool:
+    """Whether a line of the file that is not blank begins in `[start, end)`; where it cannot be read, a byte more than
+    a line feed is taken for one."""
+    try:
+        with open(path, "rb") as stream:
+            if os.fstat(stream.fileno()).st_size != end:
+                return end - start > 1
+            stream.seek(start)
+            return any(line.strip() for line in stream)
+    except OSError:
+        return end - start > 1
 
 
 def _differences(runs: Sequence[Run]) -> Iterator[str]:

@@ -234,3 +234,13 @@ def test_infer_still_merges_its_one_run(tmp_path: Path, server: Server) -> None:
         [{"id": "a", "question": "x"}], model="m", backend="server", endpoints=[server.url], run=tmp_path / "run"
     )
     assert found == {"a": "answer to x"}
+
+
+@pytest.mark.parametrize(("end", "gap"), [(b"\n\n \r\n\n", False), (b"\n\n{}", True), (b"", False)])
+def test_blank_lines_at_the_end_are_no_rows_that_are_missing(
+    write_tasks: WriteTasks, tmp_path: Path, end: bytes, gap: bool
+) -> None:
+    tasks = write_tasks(rows_of(4))
+    tasks.write_bytes(tasks.read_bytes() + end)
+    runs = make_parts(tasks, tmp_path, (0, 2, 4))
+    assert merge(runs, output=tmp_path / "r.jsonl").gaps == ([Gap(start=4, end=None)] if gap else [])
