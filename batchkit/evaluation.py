@@ -27,6 +27,8 @@ from batchkit.truths import REASONING_FIELD, Names, Result, read_result
 
 AS_THEY_ARE = ImageOptions(media_types=frozenset(MEDIA_TYPES.values()))
 SHOWN = 5
+MARK = ".evaluation-by-batchkit"
+"""A file in each folder that an evaluation was written to, or was to be."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -115,6 +117,7 @@ def evaluate(
     )
     base = Path(source).parent if not is_remote(source) else Path()
     folder = _folder(output, source, base)
+    _refuse_foreign(folder)
     pass_over = _Pass(source, folder, names, Figures(by), by)
     if copy_images:
         pass_over.copy_from(Path(image_root or options.get("image_root") or base).expanduser())
@@ -139,11 +142,28 @@ def _folder(output: str | Path | None, source: str, base: Path) -> Path:
         return base / ("evaluation" if name == "results" else f"{name}.evaluation")
     folder = Path(output).expanduser()
     if folder.resolve() == base.resolve() or (folder / "manifest.json").exists():
-        raise UsageError(
-            f"{folder}: holds the summary.json of a merge, which the evaluation's would replace",
-            hint="name another folder with -o",
-        )
+        raise _not_ours(folder, "holds the summary.json of a merge, which the evaluation's would replace")
     return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise `UsageError` where files of a merge, or of the user's own, would be replaced."""
+    if next(folder.glob("results.*"), None) is not None:
+        raise _not_ours(folder, "holds the results of a merge, whose summary.json and images would be replaced")
+    summary = folder / "summary.json"
+    try:
+        ours = "evaluation_data" in msgspec.json.decode(summary.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        ours = (folder / MARK).exists()  # of one that was killed
+    except (OSError, msgspec.DecodeError):
+        ours = False
+    for name in ("summary.json", "statistics.json", "evaluation_data.json", "output_images"):
+        if not ours and (folder / name).exists():
+            raise _not_ours(folder, f"holds {name}, which no evaluation has written and which would be replaced")
+
+
+def _not_ours(folder: Path, why: str) -> UsageError:
+    return UsageError(f"{folder}: {why}", hint="name a new folder: batchkit evaluate … -o FOLDER")
 
 
 def _is_stale(run: Run, results: Path) -> bool:
@@ -189,6 +209,7 @@ class _Pass:
             self.statistics = self._figures.statistics(self._answer_field)
             statistics.write(_pretty(self.statistics))
             summary.write(_pretty(self._overview()))
+            (self._folder / MARK).touch()  # before the first file is at its place
 
     def _write_entries(self, stream: IO[bytes], progress: Progress) -> None:
         opening = b"[\n"

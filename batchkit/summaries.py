@@ -65,8 +65,8 @@ class Summary(msgspec.Struct, kw_only=True):
     the attempts; `seconds` counts only the time in which at least one that has ended was under way. Of a pile, which
     has no attempts, nothing is known of time. `reused` rows have an answer of another run: they are in `verdicts`,
     and in nothing that says what this run has taken. `retry_file` is None where the rows are no tasks without what came
-    beside them; `send_rest` is then the command that asks again. `parts`, `gaps` and `differences` are there where several runs
-    were merged: see `parts`.
+    beside them; `send_rest` is then the command that asks again. `parts`, `gaps` and `differences` are there where
+    several runs were merged: see `parts`.
     """
 
     rows: int

@@ -24,6 +24,7 @@ from PIL import Image
 from batchkit.distributions import wilson
 from batchkit.errors import InputError, UsageError
 from batchkit.evaluation import Evaluation, evaluate
+from batchkit.merging import merge
 from batchkit.runs import Run
 from batchkit.scores import compare
 from tests.conftest import WriteTasks
@@ -145,6 +146,23 @@ CASES: list[tuple[Any, dict[str, Any], Any, dict[str, bool]]] = [
     ("", {}, "x", {}),
     ([], {}, "x", {}),
     ("xy", {}, [0.5, 0.25], {"exact": False}),
+    # an option's text may be a letter itself
+    ("A", {"A": "B", "B": "A"}, "A", {"exact": True, "choice": True}),
+    ("A", {"A": "B", "B": "A"}, "B", {"exact": False, "choice": False}),
+    ("A", {"A": "B", "B": "A"}, "The answer is A.", {"exact": False, "choice": True}),
+    ("E", {"A": "D", "B": "E"}, "E", {"exact": True, "choice": True}),
+    ("E", {"A": "D", "B": "E"}, "The answer is E.", {"exact": False, "choice": True}),
+    ("E", {"A": "D", "B": "E"}, "B", {"exact": False, "choice": True}),
+    # JSON by its values
+    ({"a": 1, "b": [2.0]}, {}, {"b": [2], "a": 1.0}, {"exact": True}),
+    ('{"a": 1, "b": "X"}', {}, {"b": "x", "a": 1}, {"exact": True}),
+    ({"a": 1}, {}, {"a": 2}, {"exact": False}),
+    ({"a": 1}, {}, {"a": True}, {"exact": False}),
+    (2, {}, 2.0, {"exact": True, "number": True}),
+    ([1, 2], {}, [1.0, 2], {"exact": True, "number": False}),
+    ([1, 2], {}, [2, 1], {"exact": False, "number": False}),
+    ([1, 2], {}, "2", {"exact": True, "number": True}),
+    ([["a"], ["b"]], {}, ["b"], {"exact": True}),
 ]  # fmt: skip
 
 
@@ -457,3 +475,22 @@ def test_images_that_are_named_by_links_stay_links(tmp_path: Path) -> None:
         "https://a.example/b.png",
         "output_images/0/output_image_2.png",
     ]
+
+
+def test_an_evaluation_never_replaces_what_a_merge_has_written(bagel: MadeRun, tmp_path: Path) -> None:
+    merge(bagel.run, output=tmp_path / "other" / "results.csv")
+    merge(bagel.run, output=tmp_path / "out" / "results.jsonl")
+    (tmp_path / "out" / "results.jsonl").rename(tmp_path / "out" / "moved.jsonl")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "statistics.json").write_text("[]")
+    for name in ("other", "out", "mine"):
+        before = files_in(tmp_path / name)
+        with pytest.raises(UsageError, match="would be replaced") as caught:
+            evaluate(bagel.run.path, output=tmp_path / name, copy_images=True)
+        assert "-o FOLDER" in str(caught.value.hint)
+        assert files_in(tmp_path / name) == before
+    for _ in range(2):  # ours is replaced
+        evaluate(bagel.run.path, output=tmp_path / "new", copy_images=True, image_root=tmp_path)
+    assert (tmp_path / "new" / "output_images").exists()
+    (tmp_path / "new" / "summary.json").unlink()  # killed before the last file was at its place
+    evaluate(bagel.run.path, output=tmp_path / "new")
