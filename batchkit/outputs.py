@@ -21,7 +21,7 @@ from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict
 from batchkit.result_tables import check_parquet, write_table
 from batchkit.results import Result
-from batchkit.storage import COMPRESSED, is_remote, write_compressed, write_whole
+from batchkit.storage import COMPRESSED, is_remote, remove_leftovers, write_compressed, write_whole
 from batchkit.summaries import Summary, Tally
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -117,6 +117,8 @@ class Outputs:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
                 raise StorageError(f"{path.parent}: cannot be made: {exc.strerror or exc}") from exc
+        for path in self._to:
+            remove_leftovers(path)
         is_table = self._to.results.name.removesuffix(_compression(self._to.results)).endswith(TABLES)
         self._results: Any = self._stack.enter_context(
             (write_table if is_table else write_compressed)(self._to.results)

@@ -8,6 +8,7 @@ read once more. A small pile is one partition, and touches no disk. The whole pi
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -137,7 +138,9 @@ class _Pile:
             for _, outcome in sorted([*joined, *rejected], key=lambda entry: entry.position):
                 yield outcome
             return
-        with tempfile.TemporaryDirectory(prefix=".merge-", dir=to.results.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{to.results.name}.{os.getpid()}-", suffix=".tmp", dir=to.results.parent
+        ) as folder:
             for line in merge_numbered(self._join_partitions(Path(folder), count, outputs)):
                 yield _decode_outcome(line)
 
