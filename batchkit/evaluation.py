@@ -16,13 +16,14 @@ import msgspec
 
 from batchkit.albums import Album, ending_of
 from batchkit.errors import InputError, RowError, StorageError, UsageError
-from batchkit.figures import Figures, Judged, Statistics
+from batchkit.figures import OURS, Figures, Judged, Statistics
 from batchkit.images import MEDIA_TYPES, ImageOptions, load
 from batchkit.merging import merge
 from batchkit.progress import Progress, Silent
 from batchkit.runs import Run
 from batchkit.scores import Score
 from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines, write_whole
+from batchkit.summaries import MAX_GROUPS
 from batchkit.truths import REASONING_FIELD, Names, Result, read_result
 
 AS_THEY_ARE = ImageOptions(media_types=frozenset(MEDIA_TYPES.values()))
@@ -54,10 +55,11 @@ class Entry(msgspec.Struct, kw_only=True):
 
 
 class Overview(msgspec.Struct, kw_only=True):
-    """What `summary.json` says."""
+    """What `summary.json` says. `model` is None where there are several `models`."""
 
     results: str
     model: str | None
+    models: list[str]
     total_samples: int
     successful: int
     failed: int
@@ -182,7 +184,7 @@ class _Pass:
         self._figures = figures
         self._unseen = set(by)
         self._answer_field: str | None = None
-        self._model: str | None = None
+        self._models: dict[str, None] = {}
         self._album = Album(folder / "output_images")
         self._root: Path | None = None
         self.lost = 0
@@ -228,13 +230,15 @@ class _Pass:
         row, note = result.row, result.note
         field = self._names.answer_in(row)
         self._answer_field = self._answer_field or field
-        self._unseen -= row.keys()
-        self._model = self._model or result.model
+        self._unseen -= {*row, *OURS}
+        if result.model is not None and len(self._models) < MAX_GROUPS:
+            self._models[result.model] = None
         images = result.images
         right = self._figures.add(
             Judged(
                 line=place + 1,
                 row=row,
+                model=result.model,
                 custom_id=note.get("custom_id"),
                 verdict=result.verdict,
                 truth=row[field] if field is not None else None,
@@ -302,7 +306,8 @@ class _Pass:
         found = self.statistics
         return Overview(
             results=self._source,
-            model=self._model,
+            model=next(iter(self._models)) if len(self._models) == 1 else None,
+            models=list(self._models),
             total_samples=found.total_samples,
             successful=found.successful,
             failed=found.failed,

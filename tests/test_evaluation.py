@@ -494,3 +494,20 @@ def test_an_evaluation_never_replaces_what_a_merge_has_written(bagel: MadeRun, t
     assert (tmp_path / "new" / "output_images").exists()
     (tmp_path / "new" / "summary.json").unlink()  # killed before the last file was at its place
     evaluate(bagel.run.path, output=tmp_path / "new")
+
+
+def test_values_that_look_alike_are_told_apart_and_our_own_fields_too(tmp_path: Path) -> None:
+    lines = []
+    values: list[Any] = [1, "1", True, "true", None, "(none)", "a\nb", "plain", ""]
+    for number, value in enumerate(values):
+        note = {"custom_id": str(number), "verdict": "answered" if number else "truncated"}
+        result = {"answer": "x", "kind": value, "model": f"m{number % 2}", "raw_response": "x", "parsed_answer": "x"}
+        lines.append(json.dumps({**result, "error": None, "batchkit": note}))
+    (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
+    found = evaluate(results=tmp_path / "r.jsonl", by=["kind", "model", "verdict"])
+    names = {"1", '"1"', "true", '"true"', "(none)", '"(none)"', '"a\\nb"', "plain", '""'}
+    assert found.statistics.by["kind"].keys() == names
+    assert {name: one["exact"].rows for name, one in found.statistics.by["model"].items()} == {"m0": 5, "m1": 4}
+    assert found.statistics.by["verdict"].keys() == {"answered", "truncated"}
+    overview = load_json(Path(found.folder) / "summary.json")
+    assert (overview["model"], overview["models"]) == (None, ["m0", "m1"])
