@@ -66,9 +66,9 @@ class FlatEncoder:
         self._custom_ids = custom_ids or fields.batch_format
         self._shown: dict[int, bool] = {}
 
-    def turn_to(self, model: str, schema: dict[str, Any] | None = None) -> None:
+    def turn_to(self, model: str, parse: str, schema: dict[str, Any] | None = None) -> None:
         """As that of `ResultEncoder`."""
-        self._results.turn_to(model, schema)
+        self._results.turn_to(model, parse, schema)
 
     def go_to(self, position: int, fields: FlatFields) -> None:
         """The rows to come begin at `position`, and are to be read so."""

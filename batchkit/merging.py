@@ -56,9 +56,9 @@ def merge(
     if output is None and len(runs) > 1:
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
-    parse = parse or ("json" if any(run.manifest.response_schema is not None for run in runs) else "text")
+    kind = parse or "text"
     encoder: ResultEncoder | FlatEncoder
-    encoder = FlatEncoder(parse, FlatFields(ids=None)) if flat else ResultEncoder(parse=parse, prefix=prefix)
+    encoder = FlatEncoder(kind, FlatFields(ids=None)) if flat else ResultEncoder(parse=kind, prefix=prefix)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
     has_retry = all(span.rows_are_tasks for span in parts.spans)
     if retry_file is not None and not has_retry:
@@ -81,7 +81,8 @@ def merge(
         with Outputs(to, encoder, billing, retry=has_retry) as outputs:
             for span in parts.spans:
                 manifest = span.run.manifest
-                encoder.turn_to(manifest.model, manifest.response_schema)
+                schema = manifest.response_schema
+                encoder.turn_to(manifest.model, parse or ("json" if schema is not None else "text"), schema)
                 billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
                 if isinstance(encoder, FlatEncoder):
                     encoder.go_to(span.start, fields_of(manifest.options))
