@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,13 +24,14 @@ from batchkit.runs import Run
 from batchkit.scores import Score
 from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines, write_whole
 from batchkit.summaries import MAX_GROUPS
-from batchkit.truths import REASONING_FIELD, Names, Result, read_result
+from batchkit.truths import REASONING_FIELD, Names, Result, images_of_request, read_result
 
 AS_THEY_ARE = ImageOptions(media_types=frozenset(MEDIA_TYPES.values()))
 SHOWN = 5
 MARK = ".evaluation-by-batchkit"
 """A file in each folder that an evaluation was written to, or was to be."""
 _encode = msgspec.json.Encoder().encode
+_decode_request = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Entry(msgspec.Struct, kw_only=True):
@@ -122,7 +123,7 @@ def evaluate(
     _refuse_foreign(folder)
     pass_over = _Pass(source, folder, names, Figures(by), by)
     if copy_images:
-        pass_over.copy_from(Path(image_root or options.get("image_root") or base).expanduser())
+        pass_over.copy_from(Path(image_root or options.get("image_root") or base).expanduser(), opened)
     pass_over.run(progress or Silent())
     return Evaluation(
         folder=str(folder),
@@ -173,6 +174,39 @@ def _is_stale(run: Run, results: Path) -> bool:
     return any(path.stat().st_mtime_ns > written for path in (run.path / "responses").glob("*.jsonl"))
 
 
+class _Requests:
+    """The requests of a run, read beside its results, which are in the same order."""
+
+    def __init__(self, run: Run) -> None:
+        self._lines = _requests_of(run)
+        self._next = next(self._lines, None)
+
+    def of(self, custom_id: Any) -> dict[str, Any] | None:
+        """The request of a row; None where it has none."""
+        if self._next is None or self._next[0] != custom_id:
+            return None
+        _, line = self._next
+        self._next = next(self._lines, None)
+        return _decode_request(line)
+
+
+def _requests_of(run: Run) -> Iterator[tuple[str, bytes]]:
+    for seal in run.seals():
+        path = run.requests_path(seal.shard)
+        if not path.exists():
+            continue
+        with open_read(str(path)) as lines:
+            for line in lines:
+                yield _decode_id(line).custom_id, line
+
+
+class _Named(msgspec.Struct, gc=False):
+    custom_id: str
+
+
+_decode_id = msgspec.json.Decoder(_Named).decode
+
+
 class _Pass:
     """One reading of the results."""
 
@@ -187,13 +221,18 @@ class _Pass:
         self._models: dict[str, None] = {}
         self._album = Album(folder / "output_images")
         self._root: Path | None = None
+        self._requests: _Requests | None = None
+        self._rows_name_rows = False
         self.lost = 0
         self.first_lost: list[str] = []
         self.statistics: Statistics
 
-    def copy_from(self, root: Path) -> None:
-        """Copy images, too; the paths of rows start at `root`."""
+    def copy_from(self, root: Path, run: Run | None) -> None:
+        """Copy images, too; the paths of rows start at `root`. What is not in the rows is in the requests of `run`."""
         self._root = root
+        self._requests = _Requests(run) if run is not None else None
+        # An image of VLMEvalKit may be that of another row, named by its index.
+        self._rows_name_rows = run is not None and run.manifest.options.get("input_format") == "vlmevalkit"
 
     def run(self, progress: Progress) -> None:
         try:
@@ -257,7 +296,7 @@ class _Pass:
             ground_truth_answer=row[field] if field is not None else None,
             ground_truth_images=self._names.truth_images_in(row),
             output_reasoning=result.raw,
-            output_images=self._images(place, row, images),
+            output_images=self._images(place, note.get("custom_id"), row, images),
             num_reasoning_steps=result.steps,
             num_generated_images=len(images),
             custom_id=note.get("custom_id"),
@@ -265,11 +304,14 @@ class _Pass:
             right=right,
         )
 
-    def _images(self, place: int, row: dict[str, Any], made: list[str]) -> list[str]:
+    def _images(self, place: int, custom_id: Any, row: dict[str, Any], made: list[str]) -> list[str]:
         """The paths from the folder of the evaluation to the images that the model made; copied where that is asked."""
         if self._root is None:
             return [self._from_folder(name) for name in made]
-        for count, reference in enumerate(self._names.images_in(row), 1):
+        for count, reference in self._asked_about(custom_id, row):
+            if is_remote(reference):
+                self._lose(place, f"image is a link, and is not downloaded: {reference[:200]}")
+                continue
             try:
                 data = load(reference, self._root, AS_THEY_ARE).data
             except RowError as exc:
@@ -277,6 +319,17 @@ class _Pass:
                 continue
             self._album.add(place, f"problem_image_{count}.{ending_of(data)}", data)
         return [self._copied(place, count, name) for count, name in enumerate(made, 1)]
+
+    def _asked_about(self, custom_id: Any, row: dict[str, Any]) -> list[tuple[int, str]]:
+        """The images that a row was asked with, by number: from the row, else from its request."""
+        request = self._requests.of(custom_id) if self._requests is not None else None
+        if "body" in row and "custom_id" in row:
+            request = row
+        in_row = self._names.images_in(row)
+        in_request = images_of_request(request) if request is not None else []
+        if in_request and (len(in_row) < len(in_request) or self._rows_name_rows):
+            return list(enumerate(in_request, 1))
+        return in_row
 
     def _copied(self, place: int, count: int, name: str) -> str:
         if is_remote(name):

@@ -6,6 +6,7 @@ example's model through vLLM 0.32 on two cores (November 2026).
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import math
@@ -511,3 +512,45 @@ def test_values_that_look_alike_are_told_apart_and_our_own_fields_too(tmp_path: 
     assert found.statistics.by["verdict"].keys() == {"answered", "truncated"}
     overview = load_json(Path(found.folder) / "summary.json")
     assert (overview["model"], overview["models"]) == (None, ["m0", "m1"])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_images_that_are_not_in_the_rows_are_copied_from_the_requests(tmp_path: Path, name: str) -> None:
+    cell = "," if name == "t.csv" else "\t"
+    rows = [cell.join([str(n), "which?", "x", base64.b64encode(data).decode()]) for n, data in ((0, RED), (2, BLUE))]
+    rows.insert(1, cell.join(["1", "", "x", "gone.png"]))
+    if name == "t.tsv":
+        rows[2] = "2\twhich?\tx\t0"  # the image of row 0
+    (tmp_path / name).write_text("\n".join([cell.join(["index", "question", "answer", "image"]), *rows]) + "\n")
+    call("prepare", tmp_path / name, tmp_path / "run", "--model", "m", "--max-requests", "1")
+    answer_all(tmp_path / "run", {0: "x", 2: "x"})
+    evaluate(tmp_path / "run", copy_images=True)
+    copied = files_in(tmp_path / "run" / "evaluation" / "output_images")
+    assert {"0/problem_image_1.png", "2/problem_image_1.png"} == copied.keys()
+    assert copied["2/problem_image_1.png"] == (RED if name == "t.tsv" else BLUE)
+
+
+def test_images_of_rows_that_are_requests_are_copied_and_links_are_named(
+    write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    away = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [text("?"), away, part(RED)]}]}
+    tasks = write_tasks([{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}])
+    call("prepare", tasks, tmp_path / "run", "--model", "m")
+    answer_all(tmp_path / "run", {0: "x"})
+    found = evaluate(tmp_path / "run", copy_images=True)
+    folder = tmp_path / "run" / "evaluation"
+    assert files_in(folder / "output_images") == {"0/problem_image_2.png": RED}
+    assert found.lost == 1
+    assert "is a link" in found.first_lost[0]
+
+
+def test_bagel_images_keep_their_numbers(tmp_path: Path) -> None:
+    for number in (2, 10):
+        (tmp_path / f"p{number}.png").write_bytes(RED)
+    row = {"problem_image_10": "p10.png", "problem_image_2": "p2.png", "problem_image_1": None}
+    note = {"custom_id": "0", "verdict": "failed"}
+    ours = {"model": "m", "raw_response": None, "parsed_answer": None, "error": "e", "batchkit": note}
+    (tmp_path / "r.jsonl").write_text(json.dumps({**row, **ours}) + "\n")
+    found = evaluate(results=tmp_path / "r.jsonl", copy_images=True)
+    assert files_in(Path(found.folder) / "output_images").keys() == {"0/problem_image_2.png", "0/problem_image_10.png"}
