@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ import msgspec
 from batchkit.albums import Album, ending_of
 from batchkit.errors import InputError, RowError, StorageError, UsageError
 from batchkit.figures import OURS, Figures, Judged, Statistics
+from batchkit.flat import last_text
 from batchkit.images import MEDIA_TYPES, ImageOptions, load
 from batchkit.merging import merge
 from batchkit.progress import Progress, Silent
@@ -88,7 +90,7 @@ def evaluate(
     *,
     results: str | Path | None = None,
     output: str | Path | None = None,
-    by: Sequence[str] = (),
+    by: str | Sequence[str] = (),
     answer_field: str | None = None,
     reasoning_field: str = REASONING_FIELD,
     truth_image_field: Sequence[str] = (),
@@ -105,11 +107,12 @@ def evaluate(
     """
     if run is None and results is None:
         raise UsageError("name a RUN, or --results", hint="batchkit evaluate --help")
+    by = [by] if isinstance(by, str) else by
     opened = Run.open(run) if run is not None else None
     source = str(results) if results is not None else str(opened.path / "results.jsonl")  # type: ignore[union-attr]  # one is given
     merged = opened is not None and results is None and not Path(source).exists()
     if merged and opened is not None:
-        merge(opened)
+        _merge(opened)
     options = opened.manifest.options if opened is not None else {}
     names = Names(
         answer=answer_field or options.get("answer_field"),
@@ -134,6 +137,17 @@ def evaluate(
         lost=pass_over.lost,
         first_lost=pass_over.first_lost,
     )
+
+
+def _merge(run: Run) -> None:
+    """Merge a run that was not. Raises `UsageError` where that needs a prefix."""
+    prepared = run.prepared()
+    if prepared is not None and prepared.names_in_use:
+        raise UsageError(
+            f"{run.path}: is not merged yet, and its rows have fields that results would overwrite",
+            hint=f"batchkit merge {shlex.quote(str(run.path))} --prefix answer_, then evaluate",
+        )
+    merge(run)
 
 
 def _folder(output: str | Path | None, source: str, base: Path) -> Path:
@@ -291,7 +305,7 @@ class _Pass:
         )
         return Entry(
             sample_id=place,
-            question=self._names.question_in(row),
+            question=last_text(row) if _is_request(row) else self._names.question_in(row),
             ground_truth_reasoning=row.get(self._names.reasoning),
             ground_truth_answer=row[field] if field is not None else None,
             ground_truth_images=self._names.truth_images_in(row),
@@ -323,7 +337,7 @@ class _Pass:
     def _asked_about(self, custom_id: Any, row: dict[str, Any]) -> list[tuple[int, str]]:
         """The images that a row was asked with, by number: from the row, else from its request."""
         request = self._requests.of(custom_id) if self._requests is not None else None
-        if "body" in row and "custom_id" in row:
+        if _is_request(row):
             request = row
         in_row = self._names.images_in(row)
         in_request = images_of_request(request) if request is not None else []
@@ -369,6 +383,10 @@ class _Pass:
             evaluation_data="evaluation_data.json",
             statistics="statistics.json",
         )
+
+
+def _is_request(row: dict[str, Any]) -> bool:
+    return "body" in row and "custom_id" in row
 
 
 def _pretty(value: Any) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from batchkit.errors import RowError
+from batchkit.errors import RowError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS
 from batchkit.results import Result, ResultEncoder
@@ -106,7 +106,7 @@ class FlatEncoder:
         )
 
     def _question(self, fields: dict[str, Any]) -> str | None:
-        value = _last_text(fields) if self._fields.batch_format else fields.get(self._fields.question)
+        value = last_text(fields) if self._fields.batch_format else fields.get(self._fields.question)
         if value is None or isinstance(value, str):
             return value
         return _encode(value).decode()
@@ -119,6 +119,14 @@ class FlatEncoder:
                 for part in _parts(message)
             )
         return any(fields.get(name) not in (None, "", []) for name in self._fields.images)
+
+
+def check_flat(prefix: str) -> None:
+    """Raise `UsageError` for a prefix: the names of flat columns are settled."""
+    if prefix:
+        raise UsageError(
+            f"--prefix {prefix!r}: goes not with --flat, whose columns have settled names", hint="leave one out"
+        )
 
 
 def has_image(request: bytes) -> bool:
@@ -140,7 +148,7 @@ def _parts(message: dict[str, Any]) -> list[Any]:
     return content if isinstance(content, list) else [content]
 
 
-def _last_text(fields: dict[str, Any]) -> str | None:
+def last_text(fields: dict[str, Any]) -> str | None:
     """What the user said last."""
     for message in reversed(_messages(fields)):
         if message.get("role") == "user":

@@ -17,7 +17,7 @@ import xxhash
 
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
-from batchkit.flat import FlatEncoder, FlatFields, fields_of, has_image
+from batchkit.flat import FlatEncoder, FlatFields, check_flat, fields_of, has_image
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
 from batchkit.outputs import Outputs, Places, places
@@ -57,6 +57,8 @@ def merge(
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
     kind = parse or "text"
+    if flat:
+        check_flat(prefix)
     encoder: ResultEncoder | FlatEncoder
     encoder = FlatEncoder(kind, FlatFields(ids=None)) if flat else ResultEncoder(parse=kind, prefix=prefix)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from batchkit.errors import InputError, RowError, UsageError
-from batchkit.flat import FlatEncoder, FlatFields
+from batchkit.flat import FlatEncoder, FlatFields, check_flat
 from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
 from batchkit.outputs import Encoder, Outputs, Places, places
@@ -83,6 +83,7 @@ def merge_pile(
     parse = parse or "text"
     encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix)
     if flat:
+        check_flat(prefix)
         encoder = FlatEncoder(parse, FlatFields(ids=None), custom_ids=True)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])

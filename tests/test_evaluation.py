@@ -554,3 +554,20 @@ def test_bagel_images_keep_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(json.dumps({**row, **ours}) + "\n")
     found = evaluate(results=tmp_path / "r.jsonl", copy_images=True)
     assert files_in(Path(found.folder) / "output_images").keys() == {"0/problem_image_2.png", "0/problem_image_10.png"}
+
+
+def test_small_things_of_evaluate(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "what?"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    call("prepare", write_tasks([line]), tmp_path / "requests", "--model", "m")
+    answer_all(tmp_path / "requests", {0: "x"})
+    found = evaluate(tmp_path / "requests", by="method")
+    assert found.statistics.by.keys() == {"method"}
+    assert load_json(Path(found.folder) / "evaluation_data.json")[0]["question"] == "what?"
+    call("prepare", write_tasks([{"question": "a", "model": "mine"}], "b.jsonl"), tmp_path / "named", "--model", "m")
+    answer_all(tmp_path / "named", {0: "x"})
+    with pytest.raises(UsageError, match="not merged yet") as caught:
+        evaluate(tmp_path / "named")
+    assert caught.value.hint == f"batchkit merge {tmp_path / 'named'} --prefix answer_, then evaluate"
+    with pytest.raises(UsageError, match="goes not with --flat"):
+        merge(tmp_path / "named", flat=True, prefix="answer_")
