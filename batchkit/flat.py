@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -58,6 +58,8 @@ class FlatEncoder:
     (`custom_ids`, and rows that are requests); a row without one has its position. `status` is success where the
     verdict is one of the four answers, else error.
     """
+
+    columns: ClassVar[Sequence[str]] = COLUMNS
 
     def __init__(self, parse: str, fields: FlatFields, *, custom_ids: bool = False) -> None:
         self._results = ResultEncoder(parse=parse)

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Protocol, Self
+from typing import IO, Any, ClassVar, NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -29,7 +29,9 @@ TABLES = (".csv", ".parquet")
 
 
 class Encoder(Protocol):
-    """Makes the line of a result: `ResultEncoder`, or `FlatEncoder`."""
+    """Makes the line of a result: `ResultEncoder`, or `FlatEncoder`. `columns` are those that each of them has."""
+
+    columns: ClassVar[Sequence[str]]
 
     def encode(self, row: bytes, outcome: Outcome, images: Sequence[str] = ()) -> Result: ...
 
@@ -121,7 +123,7 @@ class Outputs:
             remove_leftovers(path)
         is_table = self._to.results.name.removesuffix(_compression(self._to.results)).endswith(TABLES)
         self._results: Any = self._stack.enter_context(
-            (write_table if is_table else write_compressed)(self._to.results)
+            write_table(self._to.results, self._encoder.columns) if is_table else write_compressed(self._to.results)
         )
         if self._has_retry:
             self._retry = self._stack.enter_context(write_compressed(self._to.retry))

@@ -6,7 +6,7 @@ Rows are not parsed and dumped again: numbers, escapes and the order of keys sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -60,6 +60,8 @@ class ResultEncoder:
 
     Raises `UsageError` for a `parse` that is none; `encode` raises it for a row that uses one of our names.
     """
+
+    columns: ClassVar[Sequence[str]] = ()
 
     def __init__(self, *, parse: str = "text", prefix: str = "", model: str | None = None, schema: Any = None) -> None:
         self._parse = parser(parse, schema)

@@ -372,3 +372,14 @@ def test_rows_that_are_no_tasks_without_their_images_or_prompts_make_no_retry_fi
         merge(runs[1], retry_file=tmp_path / "mine.jsonl")
     assert str(caught.value.hint).startswith("batchkit prepare TASKS NEW_RUN … --reuse")
     assert call("merge", runs[0]).output.count("--reuse") == 0, "all answered"
+
+
+@pytest.mark.parametrize("name", ["flat.csv", "flat.parquet"])
+def test_flat_results_of_no_rows_have_their_columns(tmp_path: Path, name: str) -> None:
+    made = MadeRun(tmp_path / "run")
+    made.finish()
+    merge(made.run, output=tmp_path / name, flat=True)
+    if name.endswith("csv"):
+        assert (tmp_path / name).read_bytes() == ",".join(COLUMNS).encode() + b"\r\n"
+    else:
+        assert parquet.read_table(tmp_path / name).column_names == list(COLUMNS)
