@@ -143,7 +143,7 @@ class Album:
 
 
 def _decoded(image: Inline) -> tuple[bytes, str]:
-    text = "".join(image.text.split())
+    text = "".join(image.text.split()).replace("-", "+").replace("_", "/")  # base64url, too
     try:
         data = pybase64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:

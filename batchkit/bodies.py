@@ -75,7 +75,8 @@ def _choice(choice: dict[str, Any]) -> Found:
     finish = finish if isinstance(finish, str) else None
     message = choice.get("message")
     if not isinstance(message, dict):
-        return _finished(_text(choice.get("text")), finish, None, "the first choice has no message")
+        said = generated.read(choice.get("text"))
+        return _illustrated(said, said.text, finish, None, "the first choice has no message")
     content = message.get("content")
     refusal = message.get("refusal") or _refusal_in(content)
     said = _with_listed(generated.read(content), message.get("images"))
@@ -118,11 +119,6 @@ def _finished(answer: Any, finish: str | None, refusal: str | None, lack: str) -
     if answer is None:
         return Found("none", None, finish, f"{lack} (finish reason {finish!r})")
     return Found("answered", answer, finish)
-
-
-def _text(content: Any) -> str | None:
-    """The text of a message: a string, or parts of which the ones with text count."""
-    return generated.read(content).text
 
 
 def _refusal_in(content: Any) -> str | None:

@@ -102,6 +102,12 @@ def tell_merged(summary: Any, *, as_json: bool = False) -> None:
     if summary.spent is not None and (summary.spent.usd is not None or summary.spent.unpriced):
         click.echo(_money(summary), err=True)
     click.echo(f"results: {summary.output}", err=True)
+    if summary.send_rest is not None and summary.has_failures:
+        click.echo(
+            "the rows without an answer are no task file by themselves (their images or prompts are not in them); this "
+            f"sends them again:\n  {summary.send_rest}",
+            err=True,
+        )
     if as_json:
         import msgspec
 

@@ -14,6 +14,8 @@ from batchkit.scores import WAYS, Score, compare
 from batchkit.summaries import MAX_GROUPS, shape
 
 EXAMPLES = 3
+OURS = ("model", "verdict")
+"""What the accuracy can be told by beside the fields of the row."""
 MOST_VALUES = 1000
 """Of a field that the accuracy is told by: more make no table, and would grow with the file."""
 
@@ -23,6 +25,7 @@ class Judged(msgspec.Struct, kw_only=True):
 
     line: int
     row: dict[str, Any]
+    model: str | None
     custom_id: str | None
     verdict: Verdict
     truth: Any
@@ -105,7 +108,7 @@ class Figures:
         self._without_truth += not found
         groups = [self._scores]
         for field, values in self._by.items():
-            value = _value(result.row.get(field))
+            value = _value(_of(result, field))
             if value not in values and len(values) == MOST_VALUES:
                 raise UsageError(
                     f"--by {field}: has more than {MOST_VALUES:,} different values", hint="name a field with few values"
@@ -162,7 +165,26 @@ def _settled(scores: dict[str, Score]) -> dict[str, Score]:
     return {way: scores[way].settled() for way in WAYS if way in scores}
 
 
+def _of(result: Judged, field: str) -> Any:
+    """The value of the row's field, else of ours."""
+    if field in result.row or field not in OURS:
+        return result.row.get(field)
+    return result.model if field == "model" else str(result.verdict)
+
+
 def _value(value: Any) -> str:
+    """The name of a value, another one for each: a text that could be mistaken for another value is in quotes."""
     if value is None:
         return "(none)"
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    encoded = msgspec.json.encode(value).decode()
+    if not isinstance(value, str):
+        return encoded
+    return value if value.isprintable() and value and value[0] not in '"(' and not _is_json(value) else encoded
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        return False
+    return True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
-from batchkit.errors import RowError
+from batchkit.errors import RowError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS
 from batchkit.results import Result, ResultEncoder
@@ -65,6 +65,8 @@ class FlatEncoder:
     verdict is one of the four answers, else error.
     """
 
+    columns: ClassVar[Sequence[str]] = COLUMNS
+
     def __init__(self, parse: str, fields: FlatFields, *, custom_ids: bool = False) -> None:
         self._results = ResultEncoder(parse=parse)
         self._fields = fields
@@ -72,9 +74,9 @@ class FlatEncoder:
         self._custom_ids = custom_ids or fields.batch_format
         self._shown: dict[int, bool] = {}
 
-    def turn_to(self, model: str, schema: dict[str, Any] | None = None) -> None:
+    def turn_to(self, model: str, parse: str, schema: dict[str, Any] | None = None) -> None:
         """As that of `ResultEncoder`."""
-        self._results.turn_to(model, schema)
+        self._results.turn_to(model, parse, schema)
 
     def go_to(self, position: int, fields: FlatFields) -> None:
         """The rows to come begin at `position`, and are to be read so."""
@@ -112,7 +114,7 @@ class FlatEncoder:
         )
 
     def _question(self, fields: dict[str, Any]) -> str | None:
-        value = _last_text(fields) if self._fields.batch_format else fields.get(self._fields.question)
+        value = last_text(fields) if self._fields.batch_format else fields.get(self._fields.question)
         if value is None or isinstance(value, str):
             return value
         return _encode(value).decode()
@@ -125,6 +127,14 @@ class FlatEncoder:
                 for part in _parts(message)
             )
         return any(fields.get(name) not in (None, "", []) for name in self._fields.images)
+
+
+def check_flat(prefix: str) -> None:
+    """Raise `UsageError` for a prefix: the names of flat columns are settled."""
+    if prefix:
+        raise UsageError(
+            f"--prefix {prefix!r}: goes not with --flat, whose columns have settled names", hint="leave one out"
+        )
 
 
 def has_image(request: bytes) -> bool:
@@ -146,7 +156,7 @@ def _parts(message: dict[str, Any]) -> list[Any]:
     return content if isinstance(content, list) else [content]
 
 
-def _last_text(fields: dict[str, Any]) -> str | None:
+def last_text(fields: dict[str, Any]) -> str | None:
     """What the user said last."""
     for message in reversed(_messages(fields)):
         if message.get("role") == "user":

@@ -51,8 +51,10 @@ _KINDS = frozenset({"image_url", "input_image", "output_image", "image", "image_
 _HOLDERS = ("image_url", "source", "image", "b64_json", "result", "data", "image_base64", "base64", "url")
 _TYPES = ("media_type", "mime_type", "mimeType")
 _IN_TEXT = "data:image/"
-_MARKDOWN = re.compile(r"!\[[^\]\n]{0,1000}\]\(\s*(data:image/[\w.+-]{1,40};base64,[A-Za-z0-9+/=\s]+)\)")
-_DATA_URL = re.compile(r"\s*(data:image/[\w.+-]{1,40};base64,[A-Za-z0-9+/=\s]+)")
+_URL = r"data:image/[\w.+-]{1,40}(?:;[\w.+-]{1,40}=[\w.+-]{1,40}){0,4};base64,[A-Za-z0-9+/_=\s-]++"
+_TITLE = r"""(?:(?<=\s)(?:"[^"\n]{0,1000}"|'[^'\n]{0,1000}')\s*)?"""
+_MARKDOWN = re.compile(rf"!\[[^\]\n]{{0,1000}}\]\(\s*<?({_URL})>?\s*{_TITLE}\)")
+_DATA_URL = re.compile(rf"\s*<?({_URL})>?\s*")
 
 
 def read(content: Any) -> Said:
@@ -88,9 +90,9 @@ def _pieces(content: Any) -> Iterator[str | Inline]:
         if isinstance(part, str):
             yield from _split(part)
         elif isinstance(part, dict):
-            if isinstance(part.get("text"), str):
+            if isinstance(part.get("text"), str) and part["text"]:
                 yield from _split(part["text"])
-            elif (image := of_part(part)) is not None:
+            if (image := of_part(part)) is not None:
                 yield image
 
 

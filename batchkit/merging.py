@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import xxhash
 
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
-from batchkit.flat import FlatEncoder, FlatFields, fields_of, has_image
+from batchkit.flat import FlatEncoder, FlatFields, check_flat, fields_of, has_image
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
 from batchkit.outputs import Outputs, Places, place_of, places
@@ -44,6 +45,7 @@ def merge(
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
 
     `run` may be several runs: parts of one task file, in any order. Their results are one, in the order of the rows.
+    Rows whose images or prompts are not in them (of tables with images inside, of VLMEvalKit) make no file to retry.
     `output` is `RUN/results.jsonl` unless given, and may be a `.csv` or `.parquet`; `parse` is one of `answers.KINDS`,
     unless given `text`, or `json` checked against the schema where a run was prepared with one; `prefix` goes before
     the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. Nothing is replaced unless all of it
@@ -55,10 +57,18 @@ def merge(
     if output is None and len(runs) > 1:
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
-    parse = parse or ("json" if any(run.manifest.response_schema is not None for run in runs) else "text")
+    kind = parse or "text"
+    if flat:
+        check_flat(prefix)
     encoder: ResultEncoder | FlatEncoder
-    encoder = FlatEncoder(parse, FlatFields(ids=None)) if flat else ResultEncoder(parse=parse, prefix=prefix)
+    encoder = FlatEncoder(kind, FlatFields(ids=None)) if flat else ResultEncoder(parse=kind, prefix=prefix)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
+    has_retry = all(span.rows_are_tasks for span in parts.spans)
+    if retry_file is not None and not has_retry:
+        raise UsageError(
+            f"--retry-file {retry_file}: rows of this run are no tasks by themselves, without their images and prompts",
+            hint=f"{send_rest(runs)} sends only the rows without an answer",
+        )
     prepared = [run.prepared() for run in runs]
     for totals in prepared:
         if totals is not None:
@@ -71,10 +81,11 @@ def merge(
             leases.enter_context(one.lease("merge"))
             _remove_leftovers(one, to)
         billing = Billing(host="openai", model=None)
-        with Outputs(to, encoder, billing) as outputs:
+        with Outputs(to, encoder, billing, retry=has_retry) as outputs:
             for span in parts.spans:
                 manifest = span.run.manifest
-                encoder.turn_to(manifest.model, manifest.response_schema)
+                schema = manifest.response_schema
+                encoder.turn_to(manifest.model, parse or ("json" if schema is not None else "text"), schema)
                 billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
                 if isinstance(encoder, FlatEncoder):
                     encoder.go_to(span.start, fields_of(manifest.options))
@@ -84,7 +95,17 @@ def merge(
                     _merge_shard(span.run, seal, outputs, billing)
                     attempts += span.run.job(seal.shard).attempts
                     progress.update(seal.end - seal.start)
-        return outputs.write_summary(**parts.known(), attempts=attempts, prepared=None not in prepared)
+        return outputs.write_summary(
+            **parts.known(),
+            attempts=attempts,
+            prepared=None not in prepared,
+            send_rest=None if has_retry else send_rest(runs),
+        )
+
+
+def send_rest(runs: Sequence[Run]) -> str:
+    """The command that asks again what has no answer."""
+    return "batchkit prepare TASKS NEW_RUN … " + " ".join(f"--reuse {shlex.quote(str(run.path))}" for run in runs)
 
 
 def _remove_leftovers(run: Run, to: Places) -> None:

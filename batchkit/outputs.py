@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Protocol, Self
+from typing import IO, Any, ClassVar, NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -23,7 +23,15 @@ from batchkit.responses import ANSWERS, Verdict
 from batchkit.result_tables import check_parquet, write_table
 from batchkit.results import Result
 from batchkit.s3 import is_s3
-from batchkit.storage import COMPRESSED, is_remote, remove, shown, write_compressed, write_whole
+from batchkit.storage import (
+    COMPRESSED,
+    is_remote,
+    remove,
+    remove_leftovers,
+    shown,
+    write_compressed,
+    write_whole,
+)
 from batchkit.summaries import Summary, Tally
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -31,7 +39,9 @@ TABLES = (".csv", ".parquet")
 
 
 class Encoder(Protocol):
-    """Makes the line of a result: `ResultEncoder`, or `FlatEncoder`."""
+    """Makes the line of a result: `ResultEncoder`, or `FlatEncoder`. `columns` are those that each of them has."""
+
+    columns: ClassVar[Sequence[str]]
 
     def encode(self, row: bytes, outcome: Outcome, images: Sequence[str] = ()) -> Result: ...
 
@@ -106,9 +116,11 @@ def _bare(name: str) -> str:
 
 class Outputs:
     """Takes rows with their outcomes in row order. As a context manager: the files get their names only where the
-    block ends well, the results last."""
+    block ends well, the results last. Without `retry` the rows to retry are left out: they are no tasks."""
 
-    def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None) -> None:
+    def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None, *, retry: bool = True) -> None:
+        self._has_retry = retry
+        self._retry: IO[bytes] | None = None
         self.tally = Tally()
         self.album = Album(to.images)
         self._billing = billing
@@ -123,11 +135,14 @@ class Outputs:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
                 raise StorageError(f"{path.parent}: cannot be made: {exc.strerror or exc}") from exc
+        for path in self._to:
+            remove_leftovers(path)
         is_table = self._to.results.name.removesuffix(_compression(self._to.results)).endswith(TABLES)
         self._results: Any = self._stack.enter_context(
-            (write_table if is_table else write_compressed)(self._to.results)
+            write_table(self._to.results, self._encoder.columns) if is_table else write_compressed(self._to.results)
         )
-        self._retry = self._stack.enter_context(write_compressed(self._to.retry))
+        if self._has_retry:
+            self._retry = self._stack.enter_context(write_compressed(self._to.retry))
         self._stack.enter_context(self.album.opened())
         return self
 
@@ -141,10 +156,14 @@ class Outputs:
             self._flush()
         if self._unexpected is None:
             remove(self._to.unexpected)  # of an earlier merge
+        if self._retry is None:
+            remove(self._to.retry)  # of an earlier merge, and no task file
 
     def _flush(self) -> None:
         """Bring all files to the disk before the first gets its name: where one does not fit, none is replaced."""
-        streams = [(self._to.results, self._results), (self._to.retry, self._retry)]
+        streams = [(self._to.results, self._results)]
+        if self._retry is not None:
+            streams.append((self._to.retry, self._retry))
         if self._unexpected is not None:
             streams.append((self._to.unexpected, self._unexpected))
         for path, stream in streams:
@@ -164,7 +183,7 @@ class Outputs:
         self.tally.add(outcome, result.verdict, result.error)
         if self._billing is not None and response is not None and outcome.reused_from is None:
             self._billing.add(response, outcome.backend)
-        if result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
+        if self._retry is not None and result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
             self._retry.write(row + b"\n")
 
     def add_strays(self, unexpected: Iterable[bytes], unreadable: Iterable[bytes]) -> None:
@@ -186,7 +205,7 @@ class Outputs:
         summary = self.tally.summary(
             spent=self._billing.spent() if self._billing is not None else None,
             output=shown(self._to.results),
-            retry_file=shown(self._to.retry),
+            retry_file=shown(self._to.retry) if self._retry is not None else None,
             unexpected_file=shown(self._to.unexpected) if self._unexpected is not None else None,
             **known,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,14 @@ _ONE_FILE = "name the parts of one task file, each prepared with its own --start
 
 
 class Span(NamedTuple):
-    """A run and the rows `[start, end)` that it had when it was looked at; `last` is its last seal."""
+    """A run and the rows `[start, end)` that it had when it was looked at; `last` is its last seal. `attached`: some
+    rows had images beside their JSON."""
 
     run: Run
     start: int
     end: int
     last: Seal | None
+    attached: bool = False
 
     def seals(self) -> Iterator[Seal]:
         """Those of these rows: more may have been prepared since."""
@@ -33,6 +36,12 @@ class Span(NamedTuple):
     @property
     def rows(self) -> str:
         return f"{self.start:,} to {self.end - 1:,}"
+
+    @property
+    def rows_are_tasks(self) -> bool:
+        """Whether the rows that the run keeps ask by themselves what was asked: those of some tables had images beside
+        them, and those of VLMEvalKit are asked by its own rules."""
+        return not self.attached and self.run.manifest.options.get("input_format") != "vlmevalkit"
 
 
 class Parts:
@@ -66,12 +75,14 @@ class Parts:
 
 def _span(run: Run) -> Span:
     first = last = None
+    attached = False
     for last in run.seals():  # the last one is wanted
         first = first or last
+        attached = attached or bool(last.attached_checksum)
     if first is None or last is None:
         start = int(run.manifest.options.get("start") or 0)
         return Span(run, start, start, None)
-    return Span(run, first.start, last.end, last)
+    return Span(run, first.start, last.end, last, attached)
 
 
 def _refuse_twice(runs: Sequence[Run]) -> None:
@@ -120,7 +131,20 @@ def _goes_on(span: Span) -> bool:
     in_bytes = asked.options.get("input_format") in ("jsonl", "batch") and is_plain_local(asked.input.uri)
     if not in_bytes or span.last is None or span.run.prepared() is None:
         return False
-    return asked.input.bytes - span.last.next_offset > 1  # one byte is no row
+    return _has_row(Path(asked.input.uri.removeprefix("file://")), span.last.next_offset, asked.input.bytes)
+
+
+def _has_row(path: Path, start: int, end: int) -> bool:
+    """Whether a line of the file that is not blank begins in `[start, end)`; where it cannot be read, a byte more than
+    a line feed is taken for one."""
+    try:
+        with open(path, "rb") as stream:
+            if os.fstat(stream.fileno()).st_size != end:
+                return end - start > 1
+            stream.seek(start)
+            return any(line.strip() for line in stream)
+    except OSError:
+        return end - start > 1
 
 
 def _differences(runs: Sequence[Run]) -> Iterator[str]:

@@ -8,6 +8,7 @@ read once more. A small pile is one partition, and touches no disk. The whole pi
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -18,7 +19,7 @@ import msgspec
 
 from batchkit import remotes
 from batchkit.errors import InputError, RowError, UsageError
-from batchkit.flat import FlatEncoder, FlatFields, default_ids
+from batchkit.flat import FlatEncoder, FlatFields, check_flat, default_ids
 from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
 from batchkit.outputs import Encoder, Outputs, Places, place_of, places
@@ -86,6 +87,7 @@ def merge_pile(
     parse = parse or "text"
     encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix)
     if flat:
+        check_flat(prefix)
         encoder = FlatEncoder(parse, FlatFields(ids=None), custom_ids=True)
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
@@ -141,7 +143,9 @@ class _Pile:
             for _, outcome in sorted([*joined, *rejected], key=lambda entry: entry.position):
                 yield outcome
             return
-        with tempfile.TemporaryDirectory(prefix=".merge-", dir=to.results.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{to.results.name}.{os.getpid()}-", suffix=".tmp", dir=to.results.parent
+        ) as folder:
             for line in merge_numbered(self._join_partitions(Path(folder), count, outputs)):
                 yield _decode_outcome(line)
 

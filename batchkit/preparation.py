@@ -93,7 +93,7 @@ def plan(
     draft: ShardDraft | None = None
     root, hands = _image_root(source, options), Hands(workers, ray)
     with (
-        KnownAnswers(named(options.reuse), progress or Silent()) as known,
+        KnownAnswers(named(options.reuse), progress or Silent(), schema=options.response_schema) as known,
         closing(_sharded(source, FILE_START, options, image_root=root, seen=IdsSeen(), hands=hands)) as sharded,
     ):
         for row, done, shard in sharded:
@@ -246,7 +246,9 @@ def _prepare_rest(
             seen.update(run.read_ids(seal))
     root = run.manifest.options["image_root"]
     with (
-        KnownAnswers(run.manifest.options.get("reuse", ()), progress, into=run.path) as known,
+        KnownAnswers(
+            run.manifest.options.get("reuse", ()), progress, into=run.path, schema=run.manifest.response_schema
+        ) as known,
         closing(_sharded(source, place, options, image_root=root, seen=seen, hands=hands)) as sharded,
     ):
         remove_leftovers(run, shards)

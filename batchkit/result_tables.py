@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -40,12 +40,13 @@ def check_parquet() -> None:
 
 
 @contextlib.contextmanager
-def write_table(path: Path) -> Iterator[TableWriter]:
-    """A writer of result lines; the table is at its place when the block has ended well."""
+def write_table(path: Path, names: Sequence[str] = ()) -> Iterator[TableWriter]:
+    """A writer of result lines; the table is at its place when the block has ended well. `names` are the columns of a
+    table without rows."""
     is_parquet = path.name.endswith(".parquet")
     opened = write_whole(path) if is_parquet else write_compressed(path)
     with opened as stream, _spill(path.parent) as spill:
-        writer = TableWriter(stream, spill, is_parquet=is_parquet)
+        writer = TableWriter(stream, spill, names, is_parquet=is_parquet)
         yield writer
         writer.flush()
 
@@ -63,7 +64,8 @@ def _spill(folder: Path) -> Iterator[IO[bytes]]:
 class TableWriter:
     """Takes lines; `flush` makes the table of them."""
 
-    def __init__(self, stream: IO[bytes], spill: IO[bytes], *, is_parquet: bool) -> None:
+    def __init__(self, stream: IO[bytes], spill: IO[bytes], names: Sequence[str] = (), *, is_parquet: bool) -> None:
+        self._names = names
         self._stream = stream
         self._spill = spill
         self._is_parquet = is_parquet
@@ -81,7 +83,7 @@ class TableWriter:
         self._written = True
         self._spill.flush()
         self._spill.seek(0)
-        columns = self._columns.settled()
+        columns = self._columns.settled() or [Column(name, "text") for name in self._names]
         rows = (_flat(_decode(line)) for line in read_lines(self._spill))  # type: ignore[arg-type]  # it is binary
         if self._is_parquet:
             _write_parquet(self._stream, columns, rows)

@@ -6,7 +6,7 @@ Rows are not parsed and dumped again: numbers, escapes and the order of keys sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -61,8 +61,9 @@ class ResultEncoder:
     Raises `UsageError` for a `parse` that is none; `encode` raises it for a row that uses one of our names.
     """
 
+    columns: ClassVar[Sequence[str]] = ()
+
     def __init__(self, *, parse: str = "text", prefix: str = "", model: str | None = None, schema: Any = None) -> None:
-        self._spec = parse
         self._parse = parser(parse, schema)
         self._model = model
         self._names = [prefix + name for name in OUR_NAMES]
@@ -76,12 +77,11 @@ class ResultEncoder:
         self._needles = [*map(msgspec.json.encode, self._names), escape]
         self._encode = msgspec.json.Encoder().encode
 
-    def turn_to(self, model: str, schema: dict[str, Any] | None = None) -> None:
+    def turn_to(self, model: str, parse: str, schema: dict[str, Any] | None = None) -> None:
         """The rows to come are of a run of this model; their answers must match `schema`, where they are parsed as
         JSON."""
         self._model = model
-        if self._spec == "json":
-            self._parse = parser("json", schema)
+        self._parse = parser(parse, schema if parse == "json" else None)
 
     def judge(self, outcome: Outcome) -> Judged:
         verdict, error, response = outcome.verdict, outcome.message, outcome.response

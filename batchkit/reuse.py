@@ -9,15 +9,16 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from batchkit import outcomes
+from batchkit.answers import ParseError, parser
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.progress import Progress
 from batchkit.requests import fingerprint
-from batchkit.responses import ANSWERS, UnreadableLine, parse
+from batchkit.responses import ANSWERS, UnreadableLine, Verdict, parse
 from batchkit.runs import Run, Seal, as_ranges
 from batchkit.shardfiles import request_lines
 from batchkit.storage import is_remote, open_read
@@ -59,12 +60,20 @@ def open_known(name: str, into: str | Path) -> Run:
 
 class KnownAnswers:
     """The answers of `runs`, the first named first. Of several answers in one run that to the same row counts, else the
-    first.
+    first. With `schema`, what is answered and does not match it is no answer.
 
     Raises `RunError` where one of the runs is none or damaged, `StorageError` where there is no room for the index.
     """
 
-    def __init__(self, runs: Sequence[str], progress: Progress, *, into: str | Path = "") -> None:
+    def __init__(
+        self,
+        runs: Sequence[str],
+        progress: Progress,
+        *,
+        into: str | Path = "",
+        schema: dict[str, Any] | None = None,
+    ) -> None:
+        self._parse = parser("json", schema) if schema is not None else None
         self._names = list(runs)
         self._runs = [open_known(name, into) if into else Run.open(name) for name in self._names]
         # An empty name is a temporary file of SQLite's own, which is gone with the process, however that ends.
@@ -108,10 +117,12 @@ class KnownAnswers:
         return Answer(self._names[number], backend, path, *place)
 
     def _read(self, number: int, run: Run, progress: Progress) -> None:
-        requests = answers = lost = 0
+        requests = answers = lost = unfit = 0
         for seal in run.seals():
             requests += seal.requests
-            found = _answered(outcomes.load(run, seal))
+            answered = _answered(outcomes.load(run, seal))
+            found = {name: outcome for name, outcome in answered.items() if self._fits(outcome)}
+            unfit += len(answered) - len(found)
             if found and not run.requests_path(seal.shard).exists():
                 lost += 1
                 continue
@@ -119,7 +130,19 @@ class KnownAnswers:
         text = f"{self._names[number]}: {answers:,} of {requests:,} requests have an answer"
         if lost:
             text += f"; {lost:,} answered shards have no requests any more, and are of no use"
+        if unfit:
+            text += f"; {unfit:,} more do not match the response schema, and are not taken over"
         progress.say(text + ("" if run.prepared() is not None else "; its prepare has not finished"))
+
+    def _fits(self, outcome: Outcome) -> bool:
+        """Whether an answer is one here, too: it may have been asked for in a run that did not check it."""
+        if self._parse is None or outcome.verdict is not Verdict.ANSWERED or outcome.response is None:
+            return True
+        try:
+            self._parse(outcome.response.answer)
+        except ParseError:
+            return False
+        return True
 
     def _add(self, number: int, run: Run, seal: Seal, answered: Mapping[str, Outcome]) -> int:
         """Take in one shard; how many answers it has."""

@@ -2,15 +2,16 @@
 
 | way | applies to | compares |
 |---|---|---|
-| `exact` | every row with a truth | the texts, without white space around them and without case; numbers as text |
-| `choice` | a truth that is one letter, or the text of one of the row's options | the choice in the answer, as `--parse choice` finds it, else the option whose text the answer is |
+| `exact` | every row with a truth | the texts, without white space around them and without case; JSON by its values |
+| `choice` | a truth that is one letter, or the text of one of the row's options | the choice in the answer, as `--parse choice` finds it; truth and answer are each a letter of the options, else the text of one |
 | `number` | a truth that is a number | the number in the answer, as `--parse number` finds it, to one part in a million |
 
-A truth that is a list holds several right answers. What a model thought aloud (`<think>…</think>`) is no answer.
+A truth that is a list holds several right answers, and is one itself. What a model thought aloud (`<think>…</think>`) is no answer.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import string
@@ -28,6 +29,9 @@ TOLERANCE = 1e-6
 _choice = parser("choice")
 _number = parser("number")
 _NUMERIC = re.compile(r"[-−+]?[$€£¥]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?\s?%?")
+_EXACT = 2.0**53  # up to here a float holds every whole number
+_encode = msgspec.json.Encoder().encode
+_encode_sorted = msgspec.json.Encoder(order="deterministic").encode
 _OPTIONS = ("options", "choices")
 
 
@@ -72,7 +76,7 @@ def compare(truth: Any, row: dict[str, Any], raw: Any, parsed: Any) -> dict[str,
     if not truths:
         return {}
     answer = raw if parsed is None else parsed
-    found = {"exact": answer is not None and _plain(answer) in {_plain(one) for one in truths}}
+    found = {"exact": answer is not None and _is_same(answer, [*truths, truth])}
     options = _options(row)
     letters = {letter for one in truths if (letter := _letter(one, options)) is not None}
     if letters:
@@ -87,9 +91,31 @@ def has_truth(truth: Any) -> bool:
     return bool(compare(truth, {}, None, None))
 
 
-def _plain(value: Any) -> str:
-    text = _spoken(value) if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text.strip().casefold()
+def _is_same(answer: Any, truths: Iterable[Any]) -> bool:
+    """Whether the answer is one of these, as a text or as a value."""
+    forms = _forms(answer, as_json=False)
+    return any(forms & _forms(truth, as_json=isinstance(answer, (dict, list))) for truth in truths)
+
+
+def _forms(value: Any, *, as_json: bool) -> set[str]:
+    """The ways to write a value: as it is, and so that equal values are alike (the order of keys, 2 and 2.0). With
+    `as_json` a text that is JSON stands for its value, too."""
+    if not isinstance(value, str):
+        return {_encode(value).decode().casefold(), _encode_sorted(_whole(value)).decode().casefold()}
+    forms = {_spoken(value).strip().casefold()}
+    if as_json:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+            forms.add(_encode_sorted(_whole(msgspec.json.decode(value))).decode().casefold())
+    return forms
+
+
+def _whole(value: Any) -> Any:
+    """The value with whole numbers as such, wherever they are in it."""
+    if isinstance(value, dict):
+        return {name: _whole(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
 
 
 def _spoken(text: str) -> str:
@@ -129,12 +155,13 @@ def _by_text(text: str, options: dict[str, str]) -> str | None:
 
 
 def _chosen(raw: Any, options: dict[str, str]) -> str | None:
+    """The letter of an answer, by the rules of a truth; else what is chosen in it, by the same rules."""
     if not isinstance(raw, str):
         return None
-    if (letter := _by_text(_spoken(raw), options)) is not None:
+    if (letter := _letter(_spoken(raw), options)) is not None:
         return letter
     try:
-        return str(_choice(raw))
+        return _letter(_choice(raw), options)
     except ParseError:
         return None
 

@@ -10,10 +10,13 @@ written, grows or is removed below that folder goes through it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import os
 import secrets
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
@@ -23,6 +26,8 @@ from batchkit.errors import InputError, StorageError
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
 SPOTS = 64
+LEFT_SECONDS = 600
+"""So long untouched, a file of a process that is gone is a leftover."""
 SPOT_BYTES = 4096
 
 
@@ -284,6 +289,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes wrote aside for `target`: the process in the name is gone from this host, and nobody
+    has touched it for a while (another host may write to the same folder)."""
+    import psutil
+
+    beginning = f".{target.name}."
+    for aside in target.parent.glob(f"{glob.escape(beginning)}*-*.tmp"):
+        process = aside.name.removeprefix(beginning).partition("-")[0]
+        if not process.isdecimal() or psutil.pid_exists(int(process)):
+            continue
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (aside, *aside.glob("*")))
+            if time.time() - newest < LEFT_SECONDS:
+                continue
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink()
 
 
 def cut_torn_line(path: Path) -> int:

@@ -64,8 +64,9 @@ class Summary(msgspec.Struct, kw_only=True):
     `prepared` is False while `prepare` has not finished: there are more rows to come. `started` to `finished` spans
     the attempts; `seconds` counts only the time in which at least one that has ended was under way. Of a pile, which
     has no attempts, nothing is known of time. `reused` rows have an answer of another run: they are in `verdicts`,
-    and in nothing that says what this run has taken. `parts`, `gaps` and `differences` are there where several runs
-    were merged: see `parts`.
+    and in nothing that says what this run has taken. `retry_file` is None where the rows are no tasks without what came
+    beside them; `send_rest` is then the command that asks again. `parts`, `gaps` and `differences` are there where
+    several runs were merged: see `parts`.
     """
 
     rows: int
@@ -83,8 +84,9 @@ class Summary(msgspec.Struct, kw_only=True):
     answers_per_second: float | None
     errors: list[CommonError]
     output: str
-    retry_file: str
+    retry_file: str | None
     unexpected_file: str | None
+    send_rest: str | None = None
     reused: int = 0
     parts: list[Part] = []
     gaps: list[Gap] = []
@@ -93,6 +95,11 @@ class Summary(msgspec.Struct, kw_only=True):
     @property
     def answers(self) -> int:
         return sum(count for verdict, count in self.verdicts.items() if verdict in ANSWERS)
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether there are rows that have no answer, and are not waiting for one."""
+        return self.answers + self.verdicts[Verdict.PENDING] < self.rows
 
     @property
     def exit_code(self) -> int:
@@ -147,8 +154,9 @@ class Tally:
         self,
         *,
         output: str,
-        retry_file: str,
+        retry_file: str | None,
         unexpected_file: str | None,
+        send_rest: str | None = None,
         spent: Spent | None = None,
         model: str | None = None,
         attempts: Iterable[Attempt] = (),
@@ -180,6 +188,7 @@ class Tally:
             output=output,
             retry_file=retry_file,
             unexpected_file=unexpected_file,
+            send_rest=send_rest,
             reused=self.reused,
             parts=list(parts),
             gaps=list(gaps),

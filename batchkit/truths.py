@@ -104,9 +104,30 @@ class Names(NamedTuple):
     def truth_images_in(self, row: Mapping[str, Any]) -> list[str]:
         return _texts(row, self.truth_images or _numbered(row, _TRUTH_IMAGE))
 
-    def images_in(self, row: Mapping[str, Any]) -> list[str]:
-        """References to the images that were asked about, as the row has them."""
-        return _texts(row, self.images or _numbered(row, _PROBLEM_IMAGE) or (DEFAULT_IMAGE_FIELD,))
+    def images_in(self, row: Mapping[str, Any]) -> list[tuple[int, str]]:
+        """References to the images that were asked about, as the row has them, each with its number: that in the name
+        of its field, else its place."""
+        names = self.images or _numbered(row, _PROBLEM_IMAGE) or (DEFAULT_IMAGE_FIELD,)
+        matches = [_PROBLEM_IMAGE.fullmatch(name) for name in names]
+        if all(matches) and all(isinstance(row.get(name), str) for name in names if row.get(name)):
+            numbers = [int(match[1]) for match in matches if match]
+            return [(number, row[name]) for number, name in zip(numbers, names, strict=True) if row.get(name)]
+        return list(enumerate(_texts(row, names), 1))
+
+
+def images_of_request(fields: Mapping[str, Any]) -> list[str]:
+    """The images in the messages of a request, as data URLs or links, in order."""
+    body = fields.get("body")
+    messages = (body.get("messages") or body.get("input")) if isinstance(body, dict) else None
+    found = []
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            held = part.get("image_url") if isinstance(part, dict) else None
+            url = held.get("url") if isinstance(held, dict) else held
+            if isinstance(url, str):
+                found.append(url)
+    return found
 
 
 def _numbered(row: Mapping[str, Any], pattern: re.Pattern[str]) -> list[str]:

@@ -6,6 +6,7 @@ example's model through vLLM 0.32 on two cores (November 2026).
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import math
@@ -24,6 +25,7 @@ from PIL import Image
 from batchkit.distributions import wilson
 from batchkit.errors import InputError, UsageError
 from batchkit.evaluation import Evaluation, evaluate
+from batchkit.merging import merge
 from batchkit.runs import Run
 from batchkit.scores import compare
 from tests.conftest import WriteTasks
@@ -145,6 +147,23 @@ CASES: list[tuple[Any, dict[str, Any], Any, dict[str, bool]]] = [
     ("", {}, "x", {}),
     ([], {}, "x", {}),
     ("xy", {}, [0.5, 0.25], {"exact": False}),
+    # an option's text may be a letter itself
+    ("A", {"A": "B", "B": "A"}, "A", {"exact": True, "choice": True}),
+    ("A", {"A": "B", "B": "A"}, "B", {"exact": False, "choice": False}),
+    ("A", {"A": "B", "B": "A"}, "The answer is A.", {"exact": False, "choice": True}),
+    ("E", {"A": "D", "B": "E"}, "E", {"exact": True, "choice": True}),
+    ("E", {"A": "D", "B": "E"}, "The answer is E.", {"exact": False, "choice": True}),
+    ("E", {"A": "D", "B": "E"}, "B", {"exact": False, "choice": True}),
+    # JSON by its values
+    ({"a": 1, "b": [2.0]}, {}, {"b": [2], "a": 1.0}, {"exact": True}),
+    ('{"a": 1, "b": "X"}', {}, {"b": "x", "a": 1}, {"exact": True}),
+    ({"a": 1}, {}, {"a": 2}, {"exact": False}),
+    ({"a": 1}, {}, {"a": True}, {"exact": False}),
+    (2, {}, 2.0, {"exact": True, "number": True}),
+    ([1, 2], {}, [1.0, 2], {"exact": True, "number": False}),
+    ([1, 2], {}, [2, 1], {"exact": False, "number": False}),
+    ([1, 2], {}, "2", {"exact": True, "number": True}),
+    ([["a"], ["b"]], {}, ["b"], {"exact": True}),
 ]  # fmt: skip
 
 
@@ -457,3 +476,98 @@ def test_images_that_are_named_by_links_stay_links(tmp_path: Path) -> None:
         "https://a.example/b.png",
         "output_images/0/output_image_2.png",
     ]
+
+
+def test_an_evaluation_never_replaces_what_a_merge_has_written(bagel: MadeRun, tmp_path: Path) -> None:
+    merge(bagel.run, output=tmp_path / "other" / "results.csv")
+    merge(bagel.run, output=tmp_path / "out" / "results.jsonl")
+    (tmp_path / "out" / "results.jsonl").rename(tmp_path / "out" / "moved.jsonl")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "statistics.json").write_text("[]")
+    for name in ("other", "out", "mine"):
+        before = files_in(tmp_path / name)
+        with pytest.raises(UsageError, match="would be replaced") as caught:
+            evaluate(bagel.run.path, output=tmp_path / name, copy_images=True)
+        assert "-o FOLDER" in str(caught.value.hint)
+        assert files_in(tmp_path / name) == before
+    for _ in range(2):  # ours is replaced
+        evaluate(bagel.run.path, output=tmp_path / "new", copy_images=True, image_root=tmp_path)
+    assert (tmp_path / "new" / "output_images").exists()
+    (tmp_path / "new" / "summary.json").unlink()  # killed before the last file was at its place
+    evaluate(bagel.run.path, output=tmp_path / "new")
+
+
+def test_values_that_look_alike_are_told_apart_and_our_own_fields_too(tmp_path: Path) -> None:
+    lines = []
+    values: list[Any] = [1, "1", True, "true", None, "(none)", "a\nb", "plain", ""]
+    for number, value in enumerate(values):
+        note = {"custom_id": str(number), "verdict": "answered" if number else "truncated"}
+        result = {"answer": "x", "kind": value, "model": f"m{number % 2}", "raw_response": "x", "parsed_answer": "x"}
+        lines.append(json.dumps({**result, "error": None, "batchkit": note}))
+    (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
+    found = evaluate(results=tmp_path / "r.jsonl", by=["kind", "model", "verdict"])
+    names = {"1", '"1"', "true", '"true"', "(none)", '"(none)"', '"a\\nb"', "plain", '""'}
+    assert found.statistics.by["kind"].keys() == names
+    assert {name: one["exact"].rows for name, one in found.statistics.by["model"].items()} == {"m0": 5, "m1": 4}
+    assert found.statistics.by["verdict"].keys() == {"answered", "truncated"}
+    overview = load_json(Path(found.folder) / "summary.json")
+    assert (overview["model"], overview["models"]) == (None, ["m0", "m1"])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_images_that_are_not_in_the_rows_are_copied_from_the_requests(tmp_path: Path, name: str) -> None:
+    cell = "," if name == "t.csv" else "\t"
+    rows = [cell.join([str(n), "which?", "x", base64.b64encode(data).decode()]) for n, data in ((0, RED), (2, BLUE))]
+    rows.insert(1, cell.join(["1", "", "x", "gone.png"]))
+    if name == "t.tsv":
+        rows[2] = "2\twhich?\tx\t0"  # the image of row 0
+    (tmp_path / name).write_text("\n".join([cell.join(["index", "question", "answer", "image"]), *rows]) + "\n")
+    call("prepare", tmp_path / name, tmp_path / "run", "--model", "m", "--max-requests", "1")
+    answer_all(tmp_path / "run", {0: "x", 2: "x"})
+    evaluate(tmp_path / "run", copy_images=True)
+    copied = files_in(tmp_path / "run" / "evaluation" / "output_images")
+    assert {"0/problem_image_1.png", "2/problem_image_1.png"} == copied.keys()
+    assert copied["2/problem_image_1.png"] == (RED if name == "t.tsv" else BLUE)
+
+
+def test_images_of_rows_that_are_requests_are_copied_and_links_are_named(
+    write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    away = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [text("?"), away, part(RED)]}]}
+    tasks = write_tasks([{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}])
+    call("prepare", tasks, tmp_path / "run", "--model", "m")
+    answer_all(tmp_path / "run", {0: "x"})
+    found = evaluate(tmp_path / "run", copy_images=True)
+    folder = tmp_path / "run" / "evaluation"
+    assert files_in(folder / "output_images") == {"0/problem_image_2.png": RED}
+    assert found.lost == 1
+    assert "is a link" in found.first_lost[0]
+
+
+def test_bagel_images_keep_their_numbers(tmp_path: Path) -> None:
+    for number in (2, 10):
+        (tmp_path / f"p{number}.png").write_bytes(RED)
+    row = {"problem_image_10": "p10.png", "problem_image_2": "p2.png", "problem_image_1": None}
+    note = {"custom_id": "0", "verdict": "failed"}
+    ours = {"model": "m", "raw_response": None, "parsed_answer": None, "error": "e", "batchkit": note}
+    (tmp_path / "r.jsonl").write_text(json.dumps({**row, **ours}) + "\n")
+    found = evaluate(results=tmp_path / "r.jsonl", copy_images=True)
+    assert files_in(Path(found.folder) / "output_images").keys() == {"0/problem_image_2.png", "0/problem_image_10.png"}
+
+
+def test_small_things_of_evaluate(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "what?"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    call("prepare", write_tasks([line]), tmp_path / "requests", "--model", "m")
+    answer_all(tmp_path / "requests", {0: "x"})
+    found = evaluate(tmp_path / "requests", by="method")
+    assert found.statistics.by.keys() == {"method"}
+    assert load_json(Path(found.folder) / "evaluation_data.json")[0]["question"] == "what?"
+    call("prepare", write_tasks([{"question": "a", "model": "mine"}], "b.jsonl"), tmp_path / "named", "--model", "m")
+    answer_all(tmp_path / "named", {0: "x"})
+    with pytest.raises(UsageError, match="not merged yet") as caught:
+        evaluate(tmp_path / "named")
+    assert caught.value.hint == f"batchkit merge {tmp_path / 'named'} --prefix answer_, then evaluate"
+    with pytest.raises(UsageError, match="goes not with --flat"):
+        merge(tmp_path / "named", flat=True, prefix="answer_")

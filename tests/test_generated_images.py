@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +129,7 @@ def test_images_are_found_wherever_a_response_has_them_and_are_no_text(name: str
         "data:image/ is how such a URL begins",
         "![a](https://a.example/b.png)",
         "![" * 50_000 + "data:image/png;base64,",
+        "data:image/png;base64,AAAA" + " " * 100_000 + "!",
     ],
 )
 def test_a_data_url_in_code_or_prose_is_text(said: str) -> None:
@@ -298,3 +302,53 @@ def test_a_plain_answer_is_as_it_was(made: MadeRun) -> None:
     merge(made.run)
     assert results_of(made.run.path / "results.jsonl")[0]["raw_response"] == " red "
     assert not (made.run.path / "output_images").exists()
+
+
+def test_an_image_that_the_completions_endpoint_gives_is_an_image_too() -> None:
+    def completion(said: str) -> bytes:
+        return line("x", {"model": "m", "choices": [{"index": 0, "text": said, "finish_reason": "stop"}]})
+
+    alone = parse(completion(url(RED)), lambda _: "1.png")
+    assert (alone.verdict, alone.answer, [image.kept for image in alone.images]) == (Verdict.ANSWERED, "", ["1.png"])
+    both = parse(completion(f"Here: ![]({url(RED)}) there"), lambda _: "1.png")
+    assert (both.answer, len(both.images), both.segments) == ("Here: \n\n there", 1, 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f'![a]({url(RED)} "a title")',
+        f"![a](<{url(RED)}>)",
+        f"<{url(RED)}>",
+        url(RED).replace(";base64", ";charset=utf-8;base64"),
+        url(RED).replace("+", "-").replace("/", "_").replace("data:image_png", "data:image/png"),
+        [{"type": "image_url", "text": "", "image_url": {"url": url(RED)}}],
+        [{"text": "", "inlineData": {"mimeType": "image/png", "data": encoded(RED)}}],
+    ],
+)
+def test_less_common_ways_to_write_an_image_are_known(made: MadeRun, content: Any) -> None:
+    made.add_attempt(0, [chat(made.ids[0], content)])
+    merge(made.run)
+    assert files_in(made.run.path / "output_images") == {"0/output_image_1.png": RED}
+    assert results_of(made.run.path / "results.jsonl")[0]["raw_response"] == ""
+
+
+def test_what_killed_merges_left_elsewhere_goes_once_it_is_old(made: MadeRun, tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead, alive, old = process.pid, os.getpid(), time.time() - 3600
+    out = tmp_path / "out"
+    kept = [f".r.jsonl.{alive}-ab.tmp", f".other.jsonl.{dead}-ab.tmp"]
+    gone = [f".r.jsonl.{dead}-ab.tmp", f".r.summary.json.{dead}-ab.tmp", f".r.retry.jsonl.{dead}-ab.tmp"]
+    out.mkdir()
+    for name in (*kept, *gone):
+        (out / name).touch()
+        os.utime(out / name, (old, old))
+    (out / f".r.jsonl.{dead}-young.tmp").touch()
+    for folder in (f".r.output_images.{dead}-ab.tmp", f".r.jsonl.{dead}-pile.tmp"):
+        (out / folder).mkdir()
+        (out / folder / "1").touch()
+        os.utime(out / folder / "1", (old, old))
+        os.utime(out / folder, (old, old))
+    merge(made.run, output=out / "r.jsonl")
+    assert {path.name for path in out.glob(".*")} == {*kept, f".r.jsonl.{dead}-young.tmp"}

@@ -234,3 +234,26 @@ def test_infer_still_merges_its_one_run(tmp_path: Path, server: Server) -> None:
         [{"id": "a", "question": "x"}], model="m", backend="server", endpoints=[server.url], run=tmp_path / "run"
     )
     assert found == {"a": "answer to x"}
+
+
+@pytest.mark.parametrize(("end", "gap"), [(b"\n\n \r\n\n", False), (b"\n\n{}", True), (b"", False)])
+def test_blank_lines_at_the_end_are_no_rows_that_are_missing(
+    write_tasks: WriteTasks, tmp_path: Path, end: bytes, gap: bool
+) -> None:
+    tasks = write_tasks(rows_of(4))
+    tasks.write_bytes(tasks.read_bytes() + end)
+    runs = make_parts(tasks, tmp_path, (0, 2, 4))
+    assert merge(runs, output=tmp_path / "r.jsonl").gaps == ([Gap(start=4, end=None)] if gap else [])
+
+
+def test_a_part_without_a_schema_is_read_as_text(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks(rows_of(4))
+    one = make(tasks, tmp_path / "one", 0, 2)
+    two = make(tasks, tmp_path / "two", 2, None, response_schema={"type": "object"})
+    answer(one, lambda _, name: [response_line(name, "just text")])
+    answer(two, lambda _, name: [response_line(name, '{"a": 1}')])
+    merge([one, two], output=tmp_path / "r.jsonl")
+    found = [result["parsed_answer"] for result in lines_of(tmp_path / "r.jsonl")]
+    assert found == ["just text"] * 2 + [{"a": 1}] * 2
+    merge([one, two], output=tmp_path / "r.jsonl", parse="json")
+    assert lines_of(tmp_path / "r.jsonl")[0]["batchkit"]["verdict"] == "invalid"

@@ -558,3 +558,14 @@ def test_reading_a_run_while_it_is_asked_takes_whole_answers(
     found = texts(tmp_path / "new")
     assert all(text in (None, f"answer to question {position}") for position, text in enumerate(found))
     assert found.count(None) == report.to_send
+
+
+def test_an_answer_that_does_not_match_the_schema_is_not_taken_over(write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks(rows_of(3))
+    schema = {"type": "object", "required": ["a"]}
+    make(tasks, tmp_path / "old", response_schema=schema)
+    answer(tmp_path / "old", lambda n, one: [response_line(one, '{"a": 1}' if n else "no JSON")])
+    report = make(tasks, tmp_path / "new", reuse=(str(tmp_path / "old"),), response_schema=schema)
+    assert (report.reused, report.to_send) == ({str(tmp_path / "old"): 2}, 1)
+    planned = plan(tasks, model="m", backend="server", reuse=(str(tmp_path / "old"),), response_schema=schema)
+    assert planned.to_send == 1

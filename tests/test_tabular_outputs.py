@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import json
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
+from batchkit import prepare
 from batchkit.errors import UsageError
 from batchkit.flat import COLUMNS
 from batchkit.merging import merge
@@ -23,6 +25,8 @@ from batchkit.result_tables import BLOCK_ROWS, _spill, write_table
 from tests.conftest import WriteTasks
 from tests.made_runs import MadeRun, failure_line, response_line
 from tests.test_cli import answer_all, call
+from tests.test_generated_images import RED
+from tests.test_reuse import answer
 
 ROWS: list[dict[str, Any]] = [
     {"id": 1, "question": 'say "hi", twice\nor\r\nthrice\rplease', "score": 1.5, "mixed": "a", "huge": 10**30},
@@ -341,3 +345,41 @@ def test_a_pile_may_be_merged_into_a_table_and_flat(write_tasks: WriteTasks, tmp
     ]
     merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "r.parquet")
     assert parquet.read_table(tmp_path / "r.parquet")["batchkit.verdict"].to_pylist() == ["missing", "answered"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "vlmevalkit"])
+def test_rows_that_are_no_tasks_without_their_images_or_prompts_make_no_retry_file(tmp_path: Path, kind: str) -> None:
+    red = base64.b64encode(RED).decode()
+    tasks = tmp_path / ("t.csv" if kind == "csv" else "t.tsv")
+    cell = "\t" if kind == "vlmevalkit" else ","
+    header = "index,question,image" if kind == "csv" else "index\tquestion\tA\tB\timage"
+    rows = [cell.join([str(n), "which?", *(["x", "y"] if kind != "csv" else []), red]) for n in range(2)]
+    tasks.write_text("\n".join([header, *rows]) + "\n")
+    for name, start in (("one", 0), ("two", 1)):
+        prepare(tasks, tmp_path / name, model="m", start=start, end=start + 1, workers=1)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    answer(runs[0], lambda _, one: [response_line(one, "x")])
+    answer(runs[1], lambda _, one: [failure_line(one, 400, "too long")])
+    (tmp_path / "retry.jsonl").write_bytes(b"of an earlier merge\n")
+    summary = merge(runs, output=tmp_path / "results.jsonl")
+    assert not (tmp_path / "retry.jsonl").exists()
+    assert summary.retry_file is None
+    command = f"batchkit prepare TASKS NEW_RUN … --reuse {runs[0]} --reuse {runs[1]}"
+    assert summary.send_rest == command
+    told = call("merge", runs[1])
+    assert f"--reuse {runs[1]}" in told.output
+    with pytest.raises(UsageError, match="--retry-file") as caught:
+        merge(runs[1], retry_file=tmp_path / "mine.jsonl")
+    assert str(caught.value.hint).startswith("batchkit prepare TASKS NEW_RUN … --reuse")
+    assert call("merge", runs[0]).output.count("--reuse") == 0, "all answered"
+
+
+@pytest.mark.parametrize("name", ["flat.csv", "flat.parquet"])
+def test_flat_results_of_no_rows_have_their_columns(tmp_path: Path, name: str) -> None:
+    made = MadeRun(tmp_path / "run")
+    made.finish()
+    merge(made.run, output=tmp_path / name, flat=True)
+    if name.endswith("csv"):
+        assert (tmp_path / name).read_bytes() == ",".join(COLUMNS).encode() + b"\r\n"
+    else:
+        assert parquet.read_table(tmp_path / name).column_names == list(COLUMNS)
