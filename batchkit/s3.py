@@ -218,8 +218,13 @@ def _server() -> str:
 
 
 def _of_answer(uri: str, doing: str, exc: Any) -> StorageError | CredentialsError:
-    error = exc.response.get("Error", {})
-    code, status = str(error.get("Code", "")), exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    error, about = exc.response.get("Error", {}), exc.response.get("ResponseMetadata", {})
+    code, message = str(error.get("Code", "")), str(error.get("Message", ""))
+    return error_of(uri, doing, code=code, status=about.get("HTTPStatusCode"), message=message)
+
+
+def error_of(uri: str, doing: str, *, code: str, status: int | None, message: str) -> StorageError | CredentialsError:
+    """What the server's answer to a request for `uri` means, as an error of ours."""
     bucket = split(uri)[0]
     if code in _ANSWERS:
         kind, text, hint = _ANSWERS[code]
@@ -230,7 +235,7 @@ def _of_answer(uri: str, doing: str, exc: Any) -> StorageError | CredentialsErro
             hint=f"let them (IAM: {_PERMISSIONS[doing]} on {bucket}), or use others: {GET_CREDENTIALS}",
         )
     return StorageError(
-        f"{uri}: cannot {doing} it: {code or status}: {error.get('Message', '')}".rstrip(": "),
+        f"{uri}: cannot {doing} it: {code or status}: {message}".rstrip(": "),
         hint="run the same command again later: it goes on where it stopped",
     )
 

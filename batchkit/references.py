@@ -1,0 +1,52 @@
+"""Where an image is: here, or behind an address. Fetches nothing."""
+
+from __future__ import annotations
+
+import posixpath
+from urllib.parse import quote, urljoin, urlsplit
+
+REMOTE = ("s3://", "http://", "https://")
+_ESCAPED = (b"://", rb":\/\/", rb"\u00")
+"""How an address may begin in JSON: a row with none of these has no remote image."""
+
+
+def is_remote(reference: str) -> bool:
+    return reference[:8].lower().startswith(REMOTE)
+
+
+def remote(reference: str | bytes, root: str) -> str | None:
+    """The address of an image, where it is remote: as the row has it, or a relative path below a remote `root`."""
+    if isinstance(reference, bytes):
+        return None
+    if is_remote(reference):
+        return reference
+    if not is_remote(root) or reference.startswith(("/", "data:")) or "://" in reference:
+        return None
+    if root.startswith("s3://"):
+        bucket, _, prefix = root.removeprefix("s3://").partition("/")
+        key = posixpath.normpath(posixpath.join("/", prefix, reference)).lstrip("/")
+        return f"s3://{bucket}/{key}"
+    return urljoin(root.rstrip("/") + "/", quote(reference))
+
+
+def may_be_remote(raw: bytes) -> bool:
+    """Whether a row, as JSON, may name a remote image. Cheap; False is certain."""
+    return any(mark in raw for mark in _ESCAPED)
+
+
+def shown(reference: str) -> str:
+    """A reference as it may appear in messages: no base64, no endless names, no signatures, no passwords."""
+    if reference.startswith("data:"):
+        return reference.partition(",")[0][:60] + ",…"
+    if "://" in reference and not reference.startswith("s3://"):  # in a key, a question mark is a letter
+        reference = reference.partition("?")[0]
+    if is_remote(reference) and "@" in _host(reference):
+        reference = reference.replace(_host(reference), _host(reference).rpartition("@")[2], 1)
+    return reference if len(reference) <= 200 else reference[:200] + "…"
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
