@@ -22,20 +22,33 @@ from batchkit.fetching import Fetcher
 
 MOST_BYTES = 4 << 30
 """On the disk. At most half of what is free there."""
-MOST_FILES = 50_000
+MOST_FILES = 20_000
 _PREFIX = "batchkit-images-"
 _SETTLING_SECONDS = 60.0
 
 
 class Ware:
-    """One image, on its way or here. `users` are the rows that wait for it."""
+    """One image, on its way (`future`) or here. `users` are the rows that wait for it; `size` in bytes, `fault` says
+    why it cannot be had. There are many: nothing else is kept of one that is here."""
 
-    __slots__ = ("future", "path", "users")
+    __slots__ = ("fault", "future", "number", "size", "users")
 
-    def __init__(self, path: Path, future: Future[int]) -> None:
-        self.path = path
-        self.future = future
+    def __init__(self, number: int, future: Future[int]) -> None:
+        self.number = number
+        self.future: Future[int] | None = future
         self.users = 0
+        self.size = 0
+        self.fault: str | None = None
+
+    def wait(self) -> None:
+        """Raises `BatchkitError` where no image can be had."""
+        if self.future is None:
+            return
+        try:
+            self.size = self.future.result()
+        except RowError as exc:
+            self.fault = exc.message
+        self.future = None
 
 
 class Stock:
@@ -65,9 +78,10 @@ class Stock:
         started = self._started = self._started or _Started(private_hosts=self._private_hosts)
         ware = self._wares.get(uri)
         if ware is None:
-            path = started.folder / str(next(self._numbers))
-            ware = self._wares[uri] = Ware(path, started.fetch(uri, path))
-            ware.future.add_done_callback(self._count)
+            number = next(self._numbers)
+            future = started.fetch(uri, started.folder / str(number))
+            future.add_done_callback(self._count)
+            ware = self._wares[uri] = Ware(number, future)
         else:
             self._wares.move_to_end(uri)
         ware.users += 1
@@ -75,26 +89,25 @@ class Stock:
 
     def read(self, ware: Ware) -> bytes | str:
         """The bytes of an image, or why it cannot be had; waits for it. Raises `BatchkitError` where none can."""
-        try:
-            ware.future.result()
-            return ware.path.read_bytes()
-        except RowError as exc:
-            return exc.message
-        finally:
-            ware.users -= 1
+        ware.users -= 1
+        ware.wait()
+        return self._path(ware).read_bytes() if ware.fault is None else ware.fault
 
     def is_full(self) -> bool:
         """Whether there is no room for more before some of what was taken is read. Makes room first."""
         most = self._started.most_bytes if self._started is not None else MOST_BYTES
         while len(self._wares) > MOST_FILES or self._arrived - self._removed > most:
-            uri = next((uri for uri, ware in self._wares.items() if not ware.users and ware.future.done()), None)
+            uri = next((uri for uri, ware in self._wares.items() if not ware.users), None)
             if uri is None:
                 return True
             ware = self._wares.pop(uri)
-            if ware.future.exception() is None:
-                self._removed += ware.future.result()
-            ware.path.unlink(missing_ok=True)
+            self._removed += ware.size
+            self._path(ware).unlink(missing_ok=True)
         return False
+
+    def _path(self, ware: Ware) -> Path:
+        assert self._started is not None  # noqa: S101  # it was, for the first one
+        return self._started.folder / str(ware.number)
 
     def _count(self, future: Future[int]) -> None:
         """Called in the thread that fetches: only there `_arrived` changes."""
