@@ -131,9 +131,10 @@ class Converter:
         return list(dict.fromkeys(uri for uri in found if uri is not None))
 
     def _may_be_remote(self, row: Row) -> bool:
-        if row.attached and any(isinstance(one, str) for some in row.attached.values() for one in some):
+        if references.is_remote(self._root) or references.may_be_remote(row.raw):
             return True
-        return references.is_remote(self._root) or references.may_be_remote(row.raw)
+        attached = (one for some in (row.attached or {}).values() for one in some)
+        return any(isinstance(one, str) and references.is_remote(one) for one in attached)
 
     def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture]:
         """The texts and pictures of the question, in order."""

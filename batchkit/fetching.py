@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 AT_ONCE = 96
 AT_ONE_HOST = 32
 """Of servers that are not S3."""
-TRIES = 4
+TRIES = 6
+TRYING_SECONDS = 90.0
+"""No try begins later than that behind the first."""
 LONGEST_WAIT = 8.0
 MOST_REDIRECTS = 5
 
@@ -84,10 +86,13 @@ class Fetcher:
     async def fetch(self, uri: str, path: Path) -> int:
         """Write the image to `path`; return its size. Raises `RowError` where it cannot be had, and `BatchkitError`
         where no image can: the network, the credentials, the bucket."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay
 
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(TRIES), wait=_wait, retry=retry_if_exception_type(PassingError), reraise=True
+            stop=stop_after_attempt(TRIES) | stop_after_delay(TRYING_SECONDS),
+            wait=_wait,
+            retry=retry_if_exception_type(PassingError),
+            reraise=True,
         )
         try:
             size: int = await retrying(self._try, uri, path)
@@ -113,8 +118,11 @@ class Fetcher:
                         get = self._get_s3(uri) if s3.is_s3(uri) else self._get(uri)
                         async with get as response:
                             return await self._save(uri, response, path, limit)
-            except TimeoutError as exc:
-                raise PassingError(f"it was not there after {TOTAL_SECONDS:g} s") from exc
+            except BaseException as exc:
+                path.unlink(missing_ok=True)  # noqa: ASYNC240  # a half of it would take up the disk until the end
+                if isinstance(exc, TimeoutError):
+                    raise PassingError(f"it was not there after {TOTAL_SECONDS:g} s") from exc
+                raise
 
     # -- asking
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from batchkit import s3
-from batchkit.errors import BatchkitError, RowError
+from batchkit.errors import BatchkitError, RowError, StorageError, UsageError
 from batchkit.references import shown
 from batchkit.signing import PASSING_CODES, refusal
 
@@ -77,7 +77,11 @@ def told(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (PassingError, RowError, BatchkitError):
+    except (PassingError, RowError):
+        raise
+    except BatchkitError as exc:
+        if isinstance(exc, UsageError) or type(exc.__cause__).__name__ == "ParamValidationError":
+            raise RowError("image", f"not the name of an image: {exc.message}") from exc
         raise
     except PrivateAddressError as exc:
         raise _private(uri, exc) from exc
@@ -86,6 +90,10 @@ def told(uri: str) -> Iterator[None]:
         why = f"no connection within {CONNECT_SECONDS:g} s" if lost else f"no answer within {SILENT_SECONDS:g} s"
         raise PassingError(why, unreachable=lost) from exc
     except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as exc:
+        if s3.is_s3(uri):
+            raise StorageError(
+                f"{uri}: {exc}", hint="AWS_CA_BUNDLE names a file with the authorities to trust"
+            ) from exc
         raise RowError("image", f"image cannot be fetched: {shown(uri)}: its server's certificate: {exc}") from exc
     except aiohttp.ClientConnectorError as exc:
         raise _unconnected(uri, exc) from exc

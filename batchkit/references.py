@@ -6,8 +6,8 @@ import posixpath
 from urllib.parse import quote, urljoin, urlsplit
 
 REMOTE = ("s3://", "http://", "https://")
-_ESCAPED = (b"://", rb":\/\/", rb"\u00")
-"""How an address may begin in JSON: a row with none of these has no remote image."""
+_MARKS = (b"://", rb"\/", rb"\u003a", rb"\u003A", rb"\u002f", rb"\u002F")
+"""An address in JSON, and the ways to escape what is special in it: a row with none of these has no remote image."""
 
 
 def is_remote(reference: str) -> bool:
@@ -31,7 +31,7 @@ def remote(reference: str | bytes, root: str) -> str | None:
 
 def may_be_remote(raw: bytes) -> bool:
     """Whether a row, as JSON, may name a remote image. Cheap; False is certain."""
-    return any(mark in raw for mark in _ESCAPED)
+    return any(mark in raw for mark in _MARKS)
 
 
 def shown(reference: str) -> str:

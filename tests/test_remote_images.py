@@ -354,6 +354,15 @@ def test_objects_that_are_missing_or_forbidden_reject_their_rows(
     assert "s3:GetObject on b" in secret
 
 
+@pytest.mark.parametrize(
+    "name", ["s3://", "s3://b", "s3:///a.png", "s3://no bucket/a.png", "http://", "https://[::1", "http://a:b:c/x"]
+)
+def test_what_names_no_image_rejects_its_row(name: str, aws: Any, write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks([{"image": name, "question": "?"}, {"question": "?"}])
+    assert prepared(tasks, tmp_path / "run").requests == 1
+    assert [code for code, _ in rejections(tmp_path / "run")] == ["image"]
+
+
 def test_a_bucket_in_another_region_is_asked_there(
     web: Web, aws: Any, png: bytes, write_tasks: WriteTasks, tmp_path: Path
 ) -> None:
@@ -508,6 +517,16 @@ def test_the_disk_holds_so_much_and_nothing_afterwards(
     assert max(most) < 30
     assert set(web.asked.values()) == {2}
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_of_an_image_that_is_too_large_nothing_stays(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(mishaps, "FILE_LIMIT", 60_000)
+    web.answers["/x"] = (200, {"content-length": "", "connection": "close"}, b"x" * 70_000)
+    with stocks.Stock(private_hosts=True) as stock:
+        assert "more than 60,000 bytes" in str(stock.read(stock.take(web.url + "/x")))
+        assert sum(path.stat().st_size for path in (tmp_path / "tmp").glob("*/*")) == 0
 
 
 def test_what_a_killed_process_has_left_is_removed(
