@@ -65,21 +65,26 @@ def client() -> Any:
     key = (os.getpid(), tuple(os.environ.get(name) for name in _NAMES))
     with _making:
         if key not in _clients:
-            import boto3
-            from botocore.config import Config
-
-            config = Config(
-                signature_version="s3v4",
-                retries={"mode": "standard", "max_attempts": TRIES},
-                connect_timeout=10,
-                read_timeout=60,
-                max_pool_connections=32,
-                # Servers that are not Amazon's know neither the newer checksums nor the headers they come in.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            )
-            _clients[key] = boto3.session.Session().client("s3", config=config)
+            _clients[key] = make_client()
         return _clients[key]
+
+
+def make_client() -> Any:
+    """A client of one's own."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        signature_version="s3v4",
+        retries={"mode": "standard", "max_attempts": TRIES},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=32,
+        # Servers that are not Amazon's know neither the newer checksums nor the headers they come in.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client("s3", config=config)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

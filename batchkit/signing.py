@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import quote
 
 from batchkit import s3
 from batchkit.errors import BatchkitError, CredentialsError, UsageError
@@ -18,6 +18,7 @@ _STOPPING = frozenset(
 )
 """What will be said of every object of the bucket."""
 
+_SCOPE = re.compile(r"Credential=[^,]*/([^/,]+)/s3/aws4_request")
 _CODE = re.compile(rb"<Code>([\w.-]{1,100})</Code>")
 _MESSAGE = re.compile(rb"<Message>([^<]{1,300})</Message>")
 
@@ -35,6 +36,7 @@ class Signer:
 
     def __init__(self) -> None:
         self._credentials: Any = None
+        self._client: Any = None
         self._prefixes: dict[str, tuple[str, str]] = {}
 
     def sign(self, uri: str) -> tuple[str, dict[str, str]]:
@@ -61,18 +63,34 @@ class Signer:
         return before != region
 
     def _look_up(self, bucket: str) -> tuple[str, str]:
-        """What the addresses of its objects begin with, and its region: as boto3 signs them."""
+        """What the addresses of its objects begin with, and its region: by a request of boto3 that never leaves."""
         if self._credentials is None:
             import boto3
 
             self._credentials = boto3.session.Session().get_credentials()
-        if self._credentials is None:
-            from botocore.exceptions import NoCredentialsError
+            self._client = s3.make_client()
+            self._client.meta.events.register_first("before-send.s3.GetObject", _keep_back)
+        try:
+            self._client.get_object(Bucket=bucket, Key="k")
+        except _KeptBackError as exc:
+            scope = _SCOPE.search(exc.authorization)
+            assert scope is not None  # noqa: S101  # boto3 has signed it
+            return exc.url.removesuffix("k"), scope[1]
+        raise AssertionError("the request has left")
 
-            raise NoCredentialsError
-        url = s3.client().generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
-        scope = parse_qs(urlsplit(url).query)["X-Amz-Credential"][0]
-        return url.partition("?")[0].removesuffix("k"), scope.split("/")[-3]
+
+class _KeptBackError(Exception):
+    """A request that boto3 was about to send."""
+
+    def __init__(self, url: str, authorization: str) -> None:
+        super().__init__(url)
+        self.url = url
+        self.authorization = authorization
+
+
+def _keep_back(request: Any, **_: Any) -> None:
+    header = request.headers["Authorization"]
+    raise _KeptBackError(request.url, header.decode() if isinstance(header, bytes) else header)
 
 
 def refusal(uri: str, status: int, body: bytes) -> Refusal:

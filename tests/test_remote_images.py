@@ -3,6 +3,7 @@ be had. S3 is moto; a server of our own answers with the faults that no real one
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -25,6 +26,7 @@ from batchkit.inference import infer
 from batchkit.preparation import plan, prepare
 from batchkit.references import remote, shown
 from batchkit.runs import Run
+from batchkit.signing import Signer
 from tests import fake_server, s3_servers
 from tests.conftest import WriteTasks
 
@@ -546,3 +548,65 @@ def test_addresses_are_shown_without_what_is_secret() -> None:
     assert shown("s3://b/what?.png") == "s3://b/what?.png"
     assert remote("a?b#c.png", "https://h.example/set") == "https://h.example/set/a%3Fb%23c.png"
     assert remote("/local/a.png", "s3://b/set") is None
+
+
+# -- signatures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["a.png", "a b/ü+%20&=#?~*().png", "//twice//a.png"])
+@pytest.mark.parametrize("token", ["", "token"])
+def test_gets_are_signed_as_boto3_signs_them(
+    key: str, token: str, aws: Any, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aws(web.url)
+    if token:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    seen: list[Any] = []
+    client = s3.client()
+    client.meta.events.register("before-send.s3.GetObject", lambda request, **_: seen.append(request))
+    for _ in range(5):
+        with contextlib.suppress(Exception):  # nobody has it
+            client.get_object(Bucket="bucket", Key=key)
+        url, headers = Signer().sign(f"s3://bucket/{key}")
+        theirs = {name.lower(): value for name, value in seen[-1].headers.items()}
+        if theirs["x-amz-date"].decode() == headers["X-Amz-Date"]:
+            break
+    assert url == seen[-1].url
+    for name, value in headers.items():
+        assert theirs[name.lower()] in (value, value.encode())
+    assert ("X-Amz-Security-Token" in headers) == bool(token)
+
+
+def test_addresses_are_those_of_amazon_where_no_other_server_is_named(
+    aws: Any, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aws(web.url)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    signer = Signer()
+    assert signer.sign("s3://bucket/a.png")[0] == "https://bucket.s3.us-west-2.amazonaws.com/a.png"
+    assert signer.move("s3://bucket/a.png", "eu-west-1")
+    url, headers = signer.sign("s3://bucket/a.png")
+    assert url == "https://bucket.s3.eu-west-1.amazonaws.com/a.png"
+    assert "/eu-west-1/s3/aws4_request" in headers["Authorization"]
+    assert not signer.move("s3://bucket/a.png", "eu-west-1")
+
+
+def test_a_presigned_address_is_fetched_as_it_is_until_it_expires(
+    aws: Any, png: bytes, write_tasks: WriteTasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    with s3_servers.ministack(tmp_path / "ministack") as url:  # checks signatures by the secret that it is started with
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3.client().create_bucket(Bucket="bucket")
+        s3.put("s3://bucket/a b+c%20.png", png)
+        of = {"Bucket": "bucket", "Key": "a b+c%20.png"}
+        good, expired = (s3.client().generate_presigned_url("get_object", of, seconds) for seconds in (600, 1))
+        time.sleep(2.1)
+        rows = [{"image": uri, "question": "?"} for uri in (good, expired, "s3://bucket/a b+c%20.png")]
+        assert prepared(write_tasks(rows), tmp_path / "run").requests == 2
+    ((_, message),) = rejections(tmp_path / "run")
+    assert "a%20b%2Bc%2520.png: its signature has expired (403): sign it anew" in message
+    assert "Signature" not in message
+    assert [images_of(body) for body in sent(tmp_path / "run")] == [[png], [png]]
