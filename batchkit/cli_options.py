@@ -87,7 +87,11 @@ prepare_options = add_options(
         default=True,
         help="--no-placeholders: <image> in a question is text, not the place of an image. [default: --placeholders]",
     ),
-    click.option("--image-root", metavar="DIR", help="Relative image paths start here. [default: beside TASKS]"),
+    click.option(
+        "--image-root",
+        metavar="DIR",
+        help="Relative image paths start here; may be s3:// or https://. [default: beside TASKS]",
+    ),
     click.option("--start", type=click.IntRange(0), default=0, help="Position of the first row, from 0."),
     click.option("--end", type=click.IntRange(0), help="Position behind the last row."),
     click.option(
@@ -149,6 +153,11 @@ prepare_options = add_options(
         multiple=True,
         metavar="RUN",
         help="Take over answers that another run has to the same requests. Repeatable: the first named counts first.",
+    ),
+    click.option(
+        "--allow-private-hosts",
+        is_flag=True,
+        help="Fetch http and https images from hosts in your own network, too, not from public ones alone.",
     ),
     click.option("--workers", type=click.IntRange(1), help="Processes. Never changes the result. [default: the cores]"),
     click.option("--strict", is_flag=True, help="Stop at the first row that cannot become a request."),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import gemini_requests, images, tasks, vlmevalkit
+from batchkit import gemini_requests, images, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
@@ -44,8 +44,9 @@ class Converter:
     def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool) -> None:
         self._options = options
         self._limits = options.limits
-        self.root = Path(image_root)
+        self.root = image_root
         self._batch_format = batch_format
+        self._takes_images = options.endpoint.takes("image_field", options.backend)
         self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
             images=options.image_field,
@@ -104,7 +105,7 @@ class Converter:
         task = tasks.to_task(row, self._fields)
         names = OUR_NAMES_SET & task.fields.keys()
         try:
-            content = self._content(task)
+            content = self._content(task, row.fetched or {})
             documents = self._documents(task)
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
@@ -117,7 +118,25 @@ class Converter:
             return None
         return tasks.documents_of(task.fields, self._options.documents_field or DOCUMENTS_FIELD)
 
-    def _content(self, task: Task) -> Sequence[str | Picture]:
+    def remote_images(self, row: Row) -> list[str]:
+        """The addresses of the images that converting the row asks for: by the same steps, so that none is missing."""
+        if self._batch_format or not self._takes_images or not self._may_be_remote(row):
+            return []
+        try:
+            task = tasks.to_task(row, self._fields)
+            arranged = arrange(self._prompts.write(task), task)
+        except RowError:
+            return []
+        found = (references.remote(part.source, self.root) for part in arranged if isinstance(part, ImageReference))
+        return list(dict.fromkeys(uri for uri in found if uri is not None))
+
+    def _may_be_remote(self, row: Row) -> bool:
+        if references.is_remote(self.root) or references.may_be_remote(row.raw):
+            return True
+        attached = (one for some in (row.attached or {}).values() for one in some)
+        return any(isinstance(one, str) and references.is_remote(one) for one in attached)
+
+    def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture]:
         """The texts and pictures of the question, in order."""
         prompt = self._prompts.write(task)
         try:
@@ -129,7 +148,7 @@ class Converter:
         try:
             if not any(isinstance(part, Place) for part in prompt):  # else these say which images there have to be
                 self._refuse_missing(task)
-            return [part if isinstance(part, str) else self._picture(part) for part in arranged]
+            return [part if isinstance(part, str) else self._picture(part, fetched) for part in arranged]
         except RowError:
             if self._options.on_bad_image == "text-only":
                 return text_only(prompt)  # without any: with one left out, «the second image» would mean another one
@@ -143,11 +162,17 @@ class Converter:
             if name not in found:
                 raise RowError("image", f"no image in {name!r}")
 
-    def _picture(self, image: ImageReference) -> Picture:
-        if not self._options.endpoint.takes("image_field", self._options.backend):
+    def _picture(self, image: ImageReference, fetched: Mapping[str, bytes | str]) -> Picture:
+        if not self._takes_images:
             where = f"{self._options.url} of {self._options.backend}"
             raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
-        return images.load(image.source, self.root, self._image_options, name=f"(field {image.field!r})")
+        uri = references.remote(image.source, self.root)
+        if uri is None:
+            return images.load(image.source, Path(self.root), self._image_options, name=f"(field {image.field!r})")
+        found = fetched.get(uri, f"a template asks for other images each time: {references.shown(uri)} was not fetched")
+        if isinstance(found, str):
+            raise RowError("image", found)
+        return images.load(found, Path(), self._image_options, name=references.shown(uri))
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

@@ -8,7 +8,6 @@ decoded.
 from __future__ import annotations
 
 import io
-import re
 import stat
 import warnings
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pybase64
 
 from batchkit.errors import RowError
+from batchkit.references import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,8 +38,6 @@ PROGRAMS = frozenset({"EPS"})
 ORIENTATION = 0x0112
 SIDEWAYS = range(5, 9)
 """EXIF 2.32, tag Orientation: the values that swap width and height."""
-
-_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
 
 JPEG_END = b"\xff\xd9"
 PNG_END = b"IEND\xaeB`\x82"
@@ -76,7 +74,7 @@ def load(reference: str | bytes, root: Path, options: ImageOptions, *, name: str
     if isinstance(reference, bytes):
         return convert(reference, options, name=name)
     data = _read(reference, root)
-    return convert(data, options, name=_shown(reference))
+    return convert(data, options, name=shown(reference))
 
 
 def convert(data: bytes, options: ImageOptions, *, name: str) -> Picture:
@@ -216,44 +214,33 @@ def _read(reference: str, root: Path) -> bytes:
     if reference.startswith("data:"):
         return _from_data_url(reference)
     if "://" in reference and not reference.startswith("file://"):
-        raise RowError("image", f"remote images are not read by this version: {_shown(reference)}")
+        raise RowError("image", f"image is not local, and was not fetched: {shown(reference)}")
     try:
         path = Path(unquote(urlsplit(reference).path)) if reference.startswith("file://") else root / reference
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
             kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise RowError("image", f"image is {kind}: {_shown(reference)}")
+            raise RowError("image", f"image is {kind}: {shown(reference)}")
         if found.st_size > FILE_LIMIT:
             raise RowError(
-                "image", f"image file has {found.st_size:,} bytes, more than {FILE_LIMIT:,}: {_shown(reference)}"
+                "image", f"image file has {found.st_size:,} bytes, more than {FILE_LIMIT:,}: {shown(reference)}"
             )
         return path.read_bytes()
     except FileNotFoundError:
-        raise RowError("image", f"image not found: {_shown(reference)}") from None
+        raise RowError("image", f"image not found: {shown(reference)}") from None
     except (OSError, ValueError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else exc
-        raise RowError("image", f"image cannot be read: {_shown(reference)}: {why}") from exc
+        raise RowError("image", f"image cannot be read: {shown(reference)}: {why}") from exc
 
 
 def _from_data_url(url: str) -> bytes:
     head, comma, text = url.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise RowError("image", f"data URL is not base64: {_shown(url)}")
+        raise RowError("image", f"data URL is not base64: {shown(url)}")
     try:
         return pybase64.b64decode(text, validate=True)
     except ValueError as exc:
-        raise RowError("image", f"data URL is not valid base64: {_shown(url)}") from exc
-
-
-def _shown(reference: str) -> str:
-    """A reference as it may appear in messages: no base64, no endless names, no signatures."""
-    if reference.startswith("data:"):
-        return reference.partition(",")[0][:60] + ",…"
-    if "://" in reference:
-        reference = reference.partition("?")[0]
-    if len(reference) > 64 and _BASE64.fullmatch(reference):
-        return f"(base64, {len(reference):,} characters, of no image format that is known by its beginning)"
-    return reference if len(reference) <= 200 else reference[:200] + "…"
+        raise RowError("image", f"data URL is not valid base64: {shown(url)}") from exc
 
 
 def _beginning(data: bytes) -> str:

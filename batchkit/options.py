@@ -70,6 +70,7 @@ class PrepareKeywords(TypedDict, total=False):
     max_requests: int | None
     max_bytes: int | None
     reuse: tuple[str, ...]
+    allow_private_hosts: bool
 
 
 class PrepareOptions(BaseModel):
@@ -83,7 +84,8 @@ class PrepareOptions(BaseModel):
     `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
     other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
     `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`. `placeholders`
-    False takes `<image>` and the like in a question as text.
+    False takes `<image>` and the like in a question as text. `image_root` may be remote; `allow_private_hosts` fetches
+    http images from hosts of the own network, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -122,6 +124,7 @@ class PrepareOptions(BaseModel):
     max_requests: PositiveInt | None = None
     max_bytes: PositiveInt | None = None
     reuse: tuple[str, ...] = ()
+    allow_private_hosts: bool = False
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -13,7 +13,9 @@ from batchkit.runs import Run, Seal
 from batchkit.storage import is_plain_local
 from batchkit.summaries import Gap, Part
 
-_MAY_DIFFER = frozenset({"start", "end", "limit", "reuse", "image_root", "max_requests", "max_bytes"})
+_MAY_DIFFER = frozenset(
+    {"start", "end", "limit", "reuse", "image_root", "max_requests", "max_bytes", "allow_private_hosts"}
+)
 """Options that say which rows, or how they are packed, or where this machine has the files."""
 _SHOWN = 60
 _ONE_FILE = "name the parts of one task file, each prepared with its own --start and --end"

@@ -12,12 +12,14 @@ from typing import Unpack
 
 import batchkit
 from batchkit import options as prepare_options
+from batchkit import references
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.inputs import Source, open_source
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
+from batchkit.provision import with_images
 from batchkit.reuse import KnownAnswers, named, open_known
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
@@ -168,6 +170,8 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
 
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
+    if options.image_root is not None and references.is_remote(options.image_root):
+        return shown(options.image_root).rstrip("/")
     if options.image_root is None and is_remote(source.uri) and source.format != "hf":
         return shown(source.uri).rpartition("/")[0]
     root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else source.folder
@@ -308,7 +312,9 @@ def _sharded(
         lambda row: options.stop is None or row.position < options.stop,
         (row for row in source.rows(place, first=options.start) if row.position >= options.start),
     )
-    with closing(convert_all(selected, make, hands)) as converted:
+    # In this process and not in the workers: an image that many rows name is fetched once.
+    fetched = with_images(selected, make().remote_images, private_hosts=options.allow_private_hosts)
+    with closing(fetched), closing(convert_all(fetched, make, hands)) as converted:
         kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted
         pairs, again = itertools.tee(kept)
         sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)

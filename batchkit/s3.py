@@ -65,21 +65,26 @@ def client() -> Any:
     key = (os.getpid(), tuple(os.environ.get(name) for name in _NAMES))
     with _making:
         if key not in _clients:
-            import boto3
-            from botocore.config import Config
-
-            config = Config(
-                signature_version="s3v4",
-                retries={"mode": "standard", "max_attempts": TRIES},
-                connect_timeout=10,
-                read_timeout=60,
-                max_pool_connections=32,
-                # Servers that are not Amazon's know neither the newer checksums nor the headers they come in.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            )
-            _clients[key] = boto3.session.Session().client("s3", config=config)
+            _clients[key] = make_client()
         return _clients[key]
+
+
+def make_client() -> Any:
+    """A client of one's own."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        signature_version="s3v4",
+        retries={"mode": "standard", "max_attempts": TRIES},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=32,
+        # Servers that are not Amazon's know neither the newer checksums nor the headers they come in.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client("s3", config=config)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -218,8 +223,13 @@ def _server() -> str:
 
 
 def _of_answer(uri: str, doing: str, exc: Any) -> StorageError | CredentialsError:
-    error = exc.response.get("Error", {})
-    code, status = str(error.get("Code", "")), exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    error, about = exc.response.get("Error", {}), exc.response.get("ResponseMetadata", {})
+    code, message = str(error.get("Code", "")), str(error.get("Message", ""))
+    return error_of(uri, doing, code=code, status=about.get("HTTPStatusCode"), message=message)
+
+
+def error_of(uri: str, doing: str, *, code: str, status: int | None, message: str) -> StorageError | CredentialsError:
+    """What the server's answer to a request for `uri` means, as an error of ours."""
     bucket = split(uri)[0]
     if code in _ANSWERS:
         kind, text, hint = _ANSWERS[code]
@@ -230,7 +240,7 @@ def _of_answer(uri: str, doing: str, exc: Any) -> StorageError | CredentialsErro
             hint=f"let them (IAM: {_PERMISSIONS[doing]} on {bucket}), or use others: {GET_CREDENTIALS}",
         )
     return StorageError(
-        f"{uri}: cannot {doing} it: {code or status}: {error.get('Message', '')}".rstrip(": "),
+        f"{uri}: cannot {doing} it: {code or status}: {message}".rstrip(": "),
         hint="run the same command again later: it goes on where it stopped",
     )
 

@@ -38,7 +38,8 @@ class Row(NamedTuple):
     """`position` counts rows from 0, `line` lines from 1; `raw` has no line feed, `end` is the offset behind it.
 
     `attached` are images that travel beside `raw`, by their fields: a row of a table has their bytes there, not in its
-    JSON. `fault` is the code and the message of a row that could not be read: it is rejected with these.
+    JSON. `fault` is the code and the message of a row that could not be read: it is rejected with these. `fetched` are
+    its remote images by their addresses, each its bytes, or why it cannot be had; they are no part of what the row is.
     """
 
     position: int
@@ -47,11 +48,12 @@ class Row(NamedTuple):
     end: int
     attached: Mapping[str, Images] | None = None
     fault: tuple[str, str] | None = None
+    fetched: Mapping[str, bytes | str] | None = None
 
     @property
     def size(self) -> int:
         """About how many bytes the row takes in memory."""
-        inline = 0
+        inline = sum(map(len, (self.fetched or {}).values()))
         for images in (self.attached or {}).values():
             inline += sum(map(len, images))
         return len(self.raw) + inline

@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from batchkit import clusters
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import BatchkitError, EngineError
+from batchkit.references import is_remote
 from batchkit.tasks import Row
 
 BLOCK_ROWS = 16
@@ -133,7 +135,8 @@ def _convert_there(token: str, make: Callable[[], Converter], rows: list[Row]) -
     if token not in _of_clusters:
         _of_clusters.clear()
         _of_clusters[token] = make()
-    if not (root := _of_clusters[token].root).is_dir():
+    root = _of_clusters[token].root
+    if not is_remote(root) and not Path(root).is_dir():
         return f"{root} is no folder on {socket.gethostname()}, of the Ray cluster: its images are not seen there"
     return [_of_clusters[token](row) for row in rows]
 

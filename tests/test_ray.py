@@ -401,7 +401,7 @@ def test_images_that_the_machines_do_not_see_reject_no_row(
         def __init__(self, *args: Any, **keywords: Any) -> None:
             super().__init__(*args, **keywords)
             if "ray" in sys.argv[0]:  # a worker of the cluster
-                self.root = Path("/no/such/folder")
+                self.root = str(Path("/no/such/folder"))
 
     monkeypatch.setattr("batchkit.preparation.Converter", Blind)
     tasks = write_tasks([{"question": "?"}])

@@ -1,0 +1,58 @@
+"""Where an image is: here, or behind an address. Fetches nothing."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from urllib.parse import quote, urljoin, urlsplit
+
+REMOTE = ("s3://", "http://", "https://")
+_MARKS = (b"://", rb"\/", rb"\u003a", rb"\u003A", rb"\u002f", rb"\u002F")
+"""An address in JSON, and the ways to escape what is special in it: a row with none of these has no remote image."""
+
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
+
+
+def is_remote(reference: str) -> bool:
+    return reference[:8].lower().startswith(REMOTE)
+
+
+def remote(reference: str | bytes, root: str) -> str | None:
+    """The address of an image, where it is remote: as the row has it, or a relative path below a remote `root`."""
+    if isinstance(reference, bytes):
+        return None
+    if is_remote(reference):
+        return reference
+    if not is_remote(root) or reference.startswith(("/", "data:")) or "://" in reference:
+        return None
+    if root.startswith("s3://"):
+        bucket, _, prefix = root.removeprefix("s3://").partition("/")
+        key = posixpath.normpath(posixpath.join("/", prefix, reference)).lstrip("/")
+        return f"s3://{bucket}/{key}"
+    return urljoin(root.rstrip("/") + "/", quote(reference))
+
+
+def may_be_remote(raw: bytes) -> bool:
+    """Whether a row, as JSON, may name a remote image. Cheap; False is certain."""
+    return any(mark in raw for mark in _MARKS)
+
+
+def shown(reference: str) -> str:
+    """A reference as it may appear in messages: no base64, no endless names, no signatures, no passwords."""
+    if reference.startswith("data:"):
+        return reference.partition(",")[0][:60] + ",…"
+    if "://" in reference and not reference.startswith("s3://"):  # in a key, a question mark is a letter
+        reference = reference.partition("?")[0]
+    if is_remote(reference) and "@" in _host(reference):
+        reference = reference.replace(_host(reference), _host(reference).rpartition("@")[2], 1)
+    if len(reference) > 64 and _BASE64.fullmatch(reference):
+        return f"(base64, {len(reference):,} characters, of no image format that is known by its beginning)"
+    return reference if len(reference) <= 200 else reference[:200] + "…"
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
