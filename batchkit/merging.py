@@ -14,6 +14,7 @@ from pathlib import Path
 
 import xxhash
 
+from batchkit import elsewhere
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
 from batchkit.flat import FlatEncoder, FlatFields, fields_of, has_image
@@ -70,6 +71,8 @@ def merge(
         for one in runs:
             leases.enter_context(one.lease("merge"))
             _remove_leftovers(one, to)
+            if gathered := str(elsewhere.gather(one, {seal.shard: seal for seal in one.seals()})):
+                progress.say(gathered)
         billing = Billing(host="openai", model=None)
         with Outputs(to, encoder, billing) as outputs:
             for span in parts.spans:
@@ -146,7 +149,17 @@ def check_names(names_in_use: list[str], prefix: str) -> None:
 
 def _read_by_merge(runs: Sequence[Run]) -> Iterator[Path]:
     for run in runs:
-        for name in ("rows", "requests", "jobs", "responses", "engine", "leases", "manifest.json", "prepared.json"):
+        for name in (
+            "rows",
+            "requests",
+            "jobs",
+            "responses",
+            "presigned",
+            "engine",
+            "leases",
+            "manifest.json",
+            "prepared.json",
+        ):
             yield run.path / name
         uri = run.manifest.input.uri
         if not is_remote(uri) or is_s3(uri):

@@ -23,11 +23,12 @@ WHOLE_BYTES = 64 << 20
 
 TRIES = 4
 _NAMES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_REGION",
-          "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE",
-          "AWS_SHARED_CREDENTIALS_FILE")  # fmt: skip
+          "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_CREDENTIAL_EXPIRATION",
+          "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")  # fmt: skip
 """What a client is made from, beside files."""
 
-_clients: dict[tuple[int, tuple[str | None, ...]], Any] = {}
+_clients: dict[tuple[int, tuple[str | None, ...]], tuple[Any, Any]] = {}
+"""Each with the session that it is of."""
 _making = threading.Lock()
 
 
@@ -37,6 +38,10 @@ class MissingError(StorageError):
 
 class ChangedError(StorageError):
     """The object is not, or no longer, what the condition of a PUT says."""
+
+
+class DeniedError(StorageError):
+    """These credentials may not do that."""
 
 
 class Found(NamedTuple):
@@ -62,6 +67,21 @@ def split(uri: str) -> tuple[str, str]:
 
 def client() -> Any:
     """A client as the environment is now; one for each environment and process."""
+    return _connection()[0]
+
+
+def credentials() -> Any:
+    """What `client` signs with, None where there is nothing."""
+    return _connection()[1].get_credentials()
+
+
+def client_in(region: str) -> Any:
+    """A client like that of `client`, with the same credentials, for another region."""
+    made, session = _connection()
+    return session.client("s3", region_name=region, config=made.meta.config)
+
+
+def _connection() -> tuple[Any, Any]:
     key = (os.getpid(), tuple(os.environ.get(name) for name in _NAMES))
     with _making:
         if key not in _clients:
@@ -78,7 +98,8 @@ def client() -> Any:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             )
-            _clients[key] = boto3.session.Session().client("s3", config=config)
+            session = boto3.session.Session()
+            _clients[key] = session.client("s3", config=config), session
         return _clients[key]
 
 
@@ -197,6 +218,10 @@ def translated(uri: str, doing: str) -> Iterator[None]:
         if isinstance(exc.__context__, ClientError):  # S3UploadFailedError and the like
             raise _of_answer(uri, doing, exc.__context__) from exc
         raise _of_client(uri, exc) from exc
+    except RuntimeError as exc:  # of botocore, where AWS_CREDENTIAL_EXPIRATION is over
+        if "expired" not in str(exc):
+            raise
+        raise CredentialsError(f"{uri}: the credentials have expired", hint=f"renew them: {GET_CREDENTIALS}") from exc
 
 
 def _of_client(uri: str, exc: Exception) -> StorageError | CredentialsError:
@@ -225,7 +250,7 @@ def _of_answer(uri: str, doing: str, exc: Any) -> StorageError | CredentialsErro
         kind, text, hint = _ANSWERS[code]
         return kind(f"{uri}: {text.format(bucket=bucket, server=_server(), code=code)}", hint=hint)
     if status == 403:
-        return StorageError(
+        return DeniedError(
             f"{uri}: access denied: these credentials may not {doing} it",
             hint=f"let them (IAM: {_PERMISSIONS[doing]} on {bucket}), or use others: {GET_CREDENTIALS}",
         )

@@ -17,16 +17,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Unpack
 
-from batchkit import sessions
+from batchkit import elsewhere, sessions
 from batchkit.backends import vllm
 from batchkit.batch_submission import ServiceKeywords, submit_run
-from batchkit.endpoints import endpoint_at
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
-from batchkit.parcels import first_url, is_foreign
+from batchkit.parcels import pooling
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
@@ -81,7 +80,9 @@ def submit(
     refuse_endpoint(run.manifest.url, backend, engine)
     progress = progress or Silent()
     seals = _sealed(run, progress)
-    chosen = _select(list(seals.values()), shards)
+    chosen = select(list(seals.values()), shards)
+    if gathered := str(elsewhere.gather(run, seals)):
+        progress.say(gathered)
     with _terminable():
         common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry, only=positions)
         if backend == "server":
@@ -99,7 +100,7 @@ def submit(
                 report = submit_run(run, seals, chosen, backend, common=common, progress=progress, keywords=others)
         else:
             runner = vllm.Vllm(
-                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=_pooling(run, chosen)
+                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=pooling(run, chosen)
             )
             _tell_recovered(sessions.recover(run, seals), progress)
             if engine == "serve":
@@ -113,13 +114,6 @@ def submit(
     return report
 
 
-def _pooling(run: Run, seals: Sequence[Seal]) -> str | None:
-    """vLLM's word for what the requests ask of a model that generates nothing. Of requests that came as they are the
-    first one tells it: one model either generates or does not."""
-    endpoint = endpoint_at(first_url(run, seals) if is_foreign(run) else run.manifest.url)
-    return endpoint.pooling if endpoint is not None else None
-
-
 def _run_engines(
     run: Run,
     seals: dict[int, Seal],
@@ -131,7 +125,9 @@ def _run_engines(
 ) -> SubmitReport:
     report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
     if scan.in_flight:
-        progress.say(f"{scan.in_flight:,} requests are at a batch service: they are left to it")
+        progress.say(
+            f"{scan.in_flight:,} requests are at a batch service, or on a machine elsewhere: they are left to it"
+        )
     with Leases(run) as leases:
         work = Work(
             run,
@@ -198,12 +194,14 @@ def discard(run: Run | str | Path) -> int:
         with run.lease(f"{shard:05d}"):
             pass
     sessions.recover(run, seals)  # ends engines that were left over
+    elsewhere.gather(run, seals)
     _refuse_in_flight(run, seals)
     count = responses_count(run)
     for shard in seals:
         with run.lease(f"{shard:05d}"):
             for _, path in run.responses_paths(shard):
                 remove(path)
+            elsewhere.forget(run, shard)
             remove(run.job_path(shard))
     return count
 
@@ -228,7 +226,15 @@ def _refuse_foreign(backend: str, others: OtherKeywords) -> None:
 
 
 def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:
-    flying = sum(attempt.in_flight for shard in seals for attempt in run.job(shard).attempts)
+    flying = sum(attempt.at_provider for shard in seals for attempt in run.job(shard).attempts)
+    away = sum(
+        attempt.elsewhere is not None and attempt.in_flight for shard in seals for attempt in run.job(shard).attempts
+    )
+    if away and not flying:
+        raise RunError(
+            f"{run.name}: {away} attempts were given to machines elsewhere, whose work would be in vain",
+            hint=f"batchkit cancel {shlex.quote(run.name)} first",
+        )
     if flying:
         raise RunError(
             f"{run.name}: {flying} batches are under way at a provider, and would be paid for in vain",
@@ -269,7 +275,7 @@ def _sealed(run: Run, progress: Progress) -> dict[int, Seal]:
     return seals
 
 
-def _select(seals: list[Seal], shards: str | None) -> list[Seal]:
+def select(seals: list[Seal], shards: str | None) -> list[Seal]:
     """Part I of N ("I/N"): every N-th shard, so that the parts are alike however the rows are sorted."""
     if shards is None:
         return seals
