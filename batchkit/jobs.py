@@ -73,8 +73,8 @@ class Attempt(msgspec.Struct, kw_only=True):
     """One sending of some requests of a shard. `rows` are position ranges; rejected rows within them do not count.
 
     `session` names the folder `engine/<session>/` of the engine that took it, for runners that have one; `remote` is
-    there for batch services, `elsewhere` for what `presign` gave out. `ending` is how the provider's batch ended. `reused_from` is the run whose answers these
-    are: nothing was sent, and `backend` is who answered there.
+    there for batch services, `elsewhere` for what `presign` gave out. `ending` is how the provider's batch ended.
+    `reused_from` is the run whose answers these are: nothing was sent, and `backend` is who answered there.
     """
 
     number: int

@@ -27,7 +27,8 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
     None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries`
     counts the attempts that took the row, are over (died ones too), and did not answer it. `in_flight`: a batch
-    service, or a machine elsewhere, has the row, or may have. `reused_from` is the run that `response` was taken over from.
+    service, or a machine elsewhere, has the row, or may have. `reused_from` is the run that `response` was taken over
+    from.
     """
 
     custom_id: str

@@ -53,8 +53,10 @@ class Signer:
         self.note: str | None = None
         now = dt.datetime.now(dt.UTC).replace(microsecond=0)
         end, known = _end_of_credentials(uri, now)
-        self.until = now + dt.timedelta(seconds=seconds or USUAL_SECONDS)
-        if end is None or self.until <= end:
+        wanted = now + dt.timedelta(seconds=seconds or USUAL_SECONDS)
+        self.until = wanted + dt.timedelta(seconds=1)  # URLs hold whole seconds, rounded down
+        if end is None or wanted <= end:
+            self.until = min(self.until, end or self.until)
             return
         if seconds is None:
             self.until = end
@@ -94,9 +96,9 @@ class Signer:
         """For the region of the bucket: a request is led there by the answers of Amazon's servers, a URL is not."""
         if bucket not in self._clients:
             client = s3.client()
-            region = _region(client, bucket) if ".amazonaws.com" in client.meta.endpoint_url else None
-            other = region is not None and region != client.meta.region_name
-            self._clients[bucket] = s3.client_in(region) if other and region is not None else client
+            if ".amazonaws.com" in client.meta.endpoint_url:
+                client = s3.client_in(_region(client, bucket) or client.meta.region_name)
+            self._clients[bucket] = client
         return self._clients[bucket]
 
 

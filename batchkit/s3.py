@@ -76,9 +76,11 @@ def credentials() -> Any:
 
 
 def client_in(region: str) -> Any:
-    """A client like that of `client`, with the same credentials, for another region."""
+    """A client like that of `client`, with the same credentials, whose URLs are those of Amazon's servers in a region:
+    left alone, boto3 signs URLs of a server that leads others on to those, which the signature does not survive."""
     made, session = _connection()
-    return session.client("s3", region_name=region, config=made.meta.config)
+    place = session.client("s3", region_name=region, config=made.meta.config).meta.endpoint_url
+    return session.client("s3", region_name=region, config=made.meta.config, endpoint_url=place)
 
 
 def _connection() -> tuple[Any, Any]:
