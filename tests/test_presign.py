@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from click.testing import CliRunner, Result
 
-from batchkit import cancelling, elsewhere, handouts, presigning, reporting, s3
+from batchkit import cancelling, elsewhere, handouts, live, presigning, reporting, s3
 from batchkit.cli import main
 from batchkit.errors import CredentialsError, RunBusyError, RunError, UsageError
 from batchkit.merging import merge
@@ -25,6 +25,7 @@ from batchkit.preparation import prepare
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import discard, submit
+from batchkit.work import Leases
 from tests import s3_servers
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY
 from tests.test_s3_runs import Bucket, task_lines
@@ -319,6 +320,15 @@ def test_a_shard_that_another_machine_works_on_is_left_out(bucket: Bucket) -> No
         assert [command.shard for command in handout.commands] == [0, 2]
         with pytest.raises(RunBusyError, match="shard 1 is held by"):
             handouts.hand_out(run.name)
+
+
+def test_a_submit_to_live_servers_leaves_alone_what_is_elsewhere(bucket: Bucket) -> None:
+    run = prepared(bucket)
+    handouts.hand_out(run)
+    seals = {seal.shard: seal for seal in run.seals()}
+    with Leases(run) as leases:
+        assert live.recover(run, seals, frozenset({"vllm", "server"}), leases) == 0
+    assert len(reporting.status(run.name).batches) == 3
 
 
 def test_signatures_are_in_the_script_alone(bucket: Bucket, machine: Machine, tmp_path: Path) -> None:
