@@ -102,7 +102,7 @@ def take_up(run: Run, seal: Seal) -> list[Tracked]:
             ],
         )
         for attempt in run.job(seal.shard).attempts
-        if attempt.in_flight
+        if attempt.at_provider
     ]
 
 

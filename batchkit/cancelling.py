@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchkit import batch_submission, targets
+from batchkit import batch_submission, elsewhere, targets
 from batchkit.batch_submission import count, submit_batches
 from batchkit.batches import PassingError, RefusedError, Service
 from batchkit.errors import RunBusyError, UsageError
@@ -20,12 +20,14 @@ from batchkit.runs import Run, Seal
 
 class CancelReport(msgspec.Struct, kw_only=True):
     """`cancelled` batches were asked to end, `ended` had ended already; `collected` responses came of them so far.
-    `in_flight` requests are not collected yet."""
+    `in_flight` requests are not collected yet. `given_up` attempts were on machines elsewhere, which nobody can stop
+    from here: their requests are due again, and what they still put into the bucket is collected."""
 
     cancelled: int = 0
     ended: int = 0
     collected: int = 0
     in_flight: int = 0
+    given_up: int = 0
 
 
 def cancel(
@@ -45,13 +47,16 @@ def cancel(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     seals = list(run.seals())
+    progress = progress or Silent()
+    given_up = _give_up(run, seals, progress)
+    if given_up is not None and not any(targets.last_remote(run, name) for name in targets.SERVICES):
+        return given_up
     target = targets.choose(run, backend or _last_backend(run), base_url=base_url, key_env=api_key_env)
     service, key_env = targets.connect(target)
-    progress = progress or Silent()
     pace = batch_submission.PACE
     if poll_interval is not None:
         pace = msgspec.structs.replace(pace, poll=poll_interval)
-    report = CancelReport()
+    report = given_up or CancelReport()
     run.cancel()
     for batch_id in _under_way(run, seals, service):
         _cancel_one(service, batch_id, report, progress)
@@ -69,8 +74,20 @@ def cancel(
     except RunBusyError as exc:
         progress.say(f"{exc.message}, which collects them")
         count(run, seals, submitted, attempts=1)
-    report.collected, report.in_flight = submitted.responses, submitted.in_flight
+    report.collected += submitted.responses
+    report.in_flight = submitted.in_flight
     return report
+
+
+def _give_up(run: Run, seals: Sequence[Seal], progress: Progress) -> CancelReport | None:
+    """Close what machines elsewhere have; None where nothing was ever given to any."""
+    by_shard = {seal.shard: seal for seal in seals}
+    if not any(attempt.elsewhere for shard in by_shard for attempt in run.job(shard).attempts):
+        return None
+    gathered = elsewhere.gather(run, by_shard)
+    if text := str(gathered):
+        progress.say(text)
+    return CancelReport(given_up=elsewhere.give_up(run, by_shard), collected=gathered.responses)
 
 
 def _last_backend(run: Run) -> str:

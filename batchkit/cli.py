@@ -19,6 +19,7 @@ from batchkit.cli_options import (
     merge_options,
     pilot_option,
     prepare_options,
+    presign_options,
     ray_option,
     server_options,
     service_options,
@@ -353,6 +354,44 @@ def cancel_command(run: str, wait: bool, **options: Any) -> None:
         report = cancelling.cancel(run, wait=wait, progress=progress, **options)
     cli_messages.tell_cancelled(report, run)
     sys.exit(8 if report.in_flight else 0)
+
+
+@main.command("presign")
+@click.argument("target", metavar="URI|RUN")
+@presign_options
+@click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
+def presign_command(
+    target: str, *, put: bool, expires: str | None, as_format: str, output: str | None, **options: Any
+) -> None:
+    """Sign URLs of objects in S3, for machines without credentials.
+
+    Of a RUN in a bucket: the commands of vLLM's batch runner for all that is due, as a shell script. Where they run
+    there need be nothing but vLLM; merge takes their outputs from the bucket. Arguments behind -- go to vLLM.
+
+    \b
+    batchkit presign s3://bucket/tasks.jsonl --expires 7d
+    batchkit presign s3://bucket/my-run -o run.sh -- --max-model-len 8192
+    """
+    from batchkit import handouts, scripts
+    from batchkit.progress import Console
+
+    of_run = options["shards"] is not None or options["again"] or options["engine_args"] or output is not None
+    if put and of_run:
+        raise UsageError("--put is for one object; the commands of a run write by themselves", hint="leave --put out")
+    if put or not (of_run or handouts.is_run(target)):
+        url, signer = handouts.sign_object(target, expires=expires, put=put)
+        cli_messages.tell_signed(target, signer, put=put)
+        click.echo(url)
+        return
+    with Console("presign") as progress, handouts.opened(output) as stream:
+        handout = handouts.hand_out(target, expires=expires, progress=progress, **options)
+        text = (
+            scripts.as_json(handout.commands)
+            if as_format == "json"
+            else scripts.as_shell(handout.run, handout.commands)
+        )
+        stream.write(text.encode())
+    cli_messages.tell_handed_out(handout, target, output)
 
 
 @main.command("status")

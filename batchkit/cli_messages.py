@@ -159,6 +159,12 @@ def _bytes(number: float) -> str:
 
 
 def tell_cancelled(report: Any, run: str) -> None:
+    if report.given_up:
+        click.echo(
+            f"gave up {counted(report.given_up, 'attempt')} on machines elsewhere. They cannot be stopped from here: "
+            "what they still put into the bucket is collected, and until then submit sends their requests again",
+            err=True,
+        )
     click.echo(
         f"cancelled {counted_batches(report.cancelled)}, {counted_batches(report.ended)} had ended; "
         f"collected {counted(report.collected, 'response')}",
@@ -167,3 +173,30 @@ def tell_cancelled(report: Any, run: str) -> None:
     if report.in_flight:
         click.echo(f"{counted(report.in_flight, 'request')} not collected yet", err=True)
     click.echo(f"\nnext: batchkit {'cancel' if report.in_flight else 'merge'} {shlex.quote(run)}", err=True)
+
+
+def tell_signed(uri: str, signer: Any, *, put: bool) -> None:
+    note = f" ({signer.note})" if signer.note else ""
+    click.echo(f"to {'write' if put else 'read'} {uri}, until {signer.until.isoformat()}{note}", err=True)
+
+
+def tell_handed_out(handout: Any, run: str, target: str | None) -> None:
+    if handout.commands:
+        note = f" ({handout.note})" if handout.note else ""
+        click.echo(
+            f"gave out {counted(handout.requests, 'request')} in {counted(len(handout.commands), 'command')}, "
+            f"until {handout.until}{note}" + (f": {target}" if target else ""),
+            err=True,
+        )
+        click.echo("whoever has these URLs can use them until then", err=True)
+    else:
+        click.echo("nothing is due: no commands", err=True)
+    if handout.in_flight:
+        click.echo(
+            f"{counted(handout.in_flight, 'request')} under way already; --again gives new URLs for those that were "
+            "given out before",
+            err=True,
+        )
+    if handout.busy is not None:
+        click.echo(f"left out: {handout.busy.message}", err=True)
+    click.echo(f"\nnext, when they have run: batchkit merge {shlex.quote(run)}", err=True)

@@ -275,6 +275,31 @@ merge_options = add_options(
     click.option("--retry-file", metavar="FILE", help="Rows without an answer. [default: RUN/retry.jsonl]"),
 )
 
+presign_options = add_options(
+    click.option("--put", is_flag=True, help="A URL to write the object, not to read it."),
+    click.option(
+        "--expires",
+        metavar="TIME",
+        help="How long the URLs hold: 90s, 30m, 12h, 7d at most. [default: 12h, or as long as the credentials]",
+    ),
+    click.option("--shards", metavar="I/N", help="Of a run: the I-th of N parts only, for example 3/8."),
+    click.option(
+        "--again",
+        "--resend",
+        is_flag=True,
+        help="Of a run: also new URLs for what was given out before and has not come. It may be run twice.",
+    ),
+    click.option(
+        "--format",
+        "as_format",
+        type=click.Choice(["sh", "json"]),
+        default="sh",
+        show_default=True,
+        help="Of a run: a shell script, or a JSON list for a scheduler.",
+    ),
+    click.option("-o", "--output", metavar="FILE", help="Of a run: where the commands go. [default: stdout]"),
+)
+
 evaluate_options = add_options(
     click.option(
         "--results", metavar="FILE", help="Results of merge, .jsonl or .jsonl.gz. [default: RUN/results.jsonl]"

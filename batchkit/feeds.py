@@ -33,7 +33,8 @@ class Feed:
     def __init__(
         self, seals: Iterable[Seal] = (), *, shards: str | None = None, is_open: bool = False, bounded: bool = False
     ) -> None:
-        self._part = _parse_part(shards)
+        _parse_part(shards)  # for its error
+        self._shards = shards
         self.seals: dict[int, Seal] = {}
         self.chosen: list[Seal] = []
         self.rows = 0
@@ -69,8 +70,7 @@ class Feed:
             self._raise()
             new, self._new = self._new, []
         self.seals.update((seal.shard, seal) for seal in new)
-        first, step = self._part
-        wanted = [seal for seal in new if seal.shard % step == first]
+        wanted = select(new, self._shards)
         self.chosen += wanted
         return wanted
 
@@ -195,6 +195,12 @@ def refuse_deleted(
             "(--delete-sent)",
             hint=f"{PREPARE_AGAIN}; then the same command again",
         )
+
+
+def select(seals: Iterable[Seal], shards: str | None) -> list[Seal]:
+    """Those of part I of N ("I/N")."""
+    first, step = _parse_part(shards)
+    return [seal for seal in seals if seal.shard % step == first]
 
 
 def _parse_part(shards: str | None) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from batchkit import targets
 from batchkit.attempts import seconds_since
 from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.errors import ServiceError
-from batchkit.jobs import Attempt, Remote
+from batchkit.jobs import Attempt, Elsewhere, Remote
 from batchkit.runs import Run, Seal
 
 
@@ -44,17 +44,35 @@ def under_way(run: Run, seals: Iterable[Seal], *, ask: bool) -> list[BatchStatus
                 if ask and attempt.remote.batch_id is not None:
                     _ask(run, status, attempt.remote, services)
                 found.append(status)
+            elif attempt.state == "elsewhere" and attempt.elsewhere is not None:
+                found.append(_away(seal, attempt, attempt.elsewhere))
     return found
 
 
-def _known(seal: Seal, attempt: Attempt, remote: Remote) -> BatchStatus:
+def _away(seal: Seal, attempt: Attempt, place: Elsewhere) -> BatchStatus:
+    return BatchStatus(
+        attempt=f"{seal.shard:05d}.{attempt.number}",
+        backend=attempt.backend,
+        batch=None,
+        state=attempt.state,
+        requests=_count(seal, attempt),
+        seconds=seconds_since(attempt.started),
+        message=f"given to a machine elsewhere, until {place.expires}",
+    )
+
+
+def _count(seal: Seal, attempt: Attempt) -> int:
     rejected = {rejection.position for rejection in seal.rejected}
+    return sum(position not in rejected for start, end in attempt.rows for position in range(start, end))
+
+
+def _known(seal: Seal, attempt: Attempt, remote: Remote) -> BatchStatus:
     return BatchStatus(
         attempt=f"{seal.shard:05d}.{attempt.number}",
         backend=attempt.backend,
         batch=remote.batch_id,
         state=remote.state if attempt.state == "running" and remote.state else attempt.state,
-        requests=sum(position not in rejected for start, end in attempt.rows for position in range(start, end)),
+        requests=_count(seal, attempt),
         seconds=seconds_since(attempt.started),
         message=attempt.message,
     )

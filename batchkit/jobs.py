@@ -9,9 +9,12 @@ from typing import Literal
 
 import msgspec
 
-AttemptState = Literal["intended", "uploaded", "creating", "running", "doubtful", "collected", "died", "refused"]
+AttemptState = Literal[
+    "intended", "uploaded", "creating", "running", "elsewhere", "doubtful", "collected", "died", "refused"
+]  # fmt: skip
 """`intended`: on disk before anything is sent. `running`: handed to the backend. `collected`: over, what came back is
 in `responses/`. `died`: over because the engine ended; what it had answered is in `responses/`.
+`elsewhere`: a machine without credentials has a command for it, or may have.
 
 Of batch services alone: `uploaded`: the provider has the file. `creating`: the batch is being created, and may have
 been. `doubtful`: that was looked into in vain, the user decides. `refused`: over, and nothing of it was run."""
@@ -56,12 +59,22 @@ class Remote(msgspec.Struct, kw_only=True):
     trouble: str | None = None
 
 
+class Elsewhere(msgspec.Struct, kw_only=True):
+    """An attempt that a machine makes which has nothing but two URLs. `input` and `output` are the files in the run
+    that these are for; until `expires` they can be used. `version` is that of the output which was collected."""
+
+    input: str
+    output: str
+    expires: str
+    version: str | None = None
+
+
 class Attempt(msgspec.Struct, kw_only=True):
     """One sending of some requests of a shard. `rows` are position ranges; rejected rows within them do not count.
 
     `session` names the folder `engine/<session>/` of the engine that took it, for runners that have one; `remote` is
-    there for batch services. `ending` is how the provider's batch ended. `reused_from` is the run whose answers these
-    are: nothing was sent, and `backend` is who answered there.
+    there for batch services, `elsewhere` for what `presign` gave out. `ending` is how the provider's batch ended.
+    `reused_from` is the run whose answers these are: nothing was sent, and `backend` is who answered there.
     """
 
     number: int
@@ -75,11 +88,17 @@ class Attempt(msgspec.Struct, kw_only=True):
     ending: Ending | None = None
     remote: Remote | None = None
     reused_from: str | None = None
+    elsewhere: Elsewhere | None = None
 
     @property
     def in_flight(self) -> bool:
-        """Whether a batch service has its requests, or may have: sending them again would be paid for twice."""
-        return self.remote is not None and self.state not in OVER
+        """Whether others have its requests, or may have: sending them again would be paid for twice."""
+        return (self.remote is not None or self.elsewhere is not None) and self.state not in OVER
+
+    @property
+    def at_provider(self) -> bool:
+        """Whether these others are a batch service."""
+        return self.remote is not None and self.in_flight
 
 
 class Job(msgspec.Struct, kw_only=True):

@@ -289,5 +289,8 @@ def _stale(run: Run, shard: int, backends: frozenset[str]) -> list[Attempt]:
     return [
         attempt
         for attempt in run.job(shard).attempts
-        if attempt.backend in backends and attempt.state not in OVER and attempt.session is None
+        if attempt.backend in backends
+        and attempt.state not in OVER
+        and attempt.session is None
+        and attempt.elsewhere is None
     ]

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import xxhash
 
+from batchkit import elsewhere
 from batchkit.billing import Billing
 from batchkit.errors import InputError, UsageError
 from batchkit.flat import FlatEncoder, FlatFields, check_flat, fields_of, has_image
 from batchkit.jobs import Attempt
 from batchkit.outcomes import damaged, load
 from batchkit.outputs import Outputs, Places, place_of, places
-from batchkit.parts import Parts, open_all
+from batchkit.parts import Parts, Span, open_all
 from batchkit.progress import Progress, Silent
 from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
@@ -80,15 +81,12 @@ def merge(
         for one in runs:
             leases.enter_context(one.lease("merge"))
             _remove_leftovers(one, to)
+            if gathered := str(elsewhere.gather(one, {seal.shard: seal for seal in one.seals()})):
+                progress.say(gathered)
         billing = Billing(host="openai", model=None)
         with Outputs(to, encoder, billing, retry=has_retry) as outputs:
             for span in parts.spans:
-                manifest = span.run.manifest
-                schema = manifest.response_schema
-                encoder.turn_to(manifest.model, parse or ("json" if schema is not None else "text"), schema)
-                billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
-                if isinstance(encoder, FlatEncoder):
-                    encoder.go_to(span.start, fields_of(manifest.options))
+                _turn_to(span, encoder, billing, parse)
                 for seal in span.seals():
                     if isinstance(encoder, FlatEncoder):
                         encoder.know(_shown(span.run, seal))
@@ -103,9 +101,19 @@ def merge(
         )
 
 
+def _turn_to(span: Span, encoder: ResultEncoder | FlatEncoder, billing: Billing, parse: str | None) -> None:
+    """The rows to come are those of `span`."""
+    manifest = span.run.manifest
+    schema = manifest.response_schema
+    encoder.turn_to(manifest.model, parse or ("json" if schema is not None else "text"), schema)
+    billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
+    if isinstance(encoder, FlatEncoder):
+        encoder.go_to(span.start, fields_of(manifest.options))
+
+
 def send_rest(runs: Sequence[Run]) -> str:
     """The command that asks again what has no answer."""
-    return "batchkit prepare TASKS NEW_RUN … " + " ".join(f"--reuse {shlex.quote(str(run.path))}" for run in runs)
+    return "batchkit prepare TASKS NEW_RUN … " + " ".join(f"--reuse {shlex.quote(run.name)}" for run in runs)
 
 
 def _remove_leftovers(run: Run, to: Places) -> None:
@@ -167,7 +175,17 @@ def check_names(names_in_use: list[str], prefix: str) -> None:
 
 def _read_by_merge(runs: Sequence[Run]) -> Iterator[Path]:
     for run in runs:
-        for name in ("rows", "requests", "jobs", "responses", "engine", "leases", "manifest.json", "prepared.json"):
+        for name in (
+            "rows",
+            "requests",
+            "jobs",
+            "responses",
+            "presigned",
+            "engine",
+            "leases",
+            "manifest.json",
+            "prepared.json",
+        ):
             yield run.path / name
         uri = run.manifest.input.uri
         if not is_remote(uri) or is_s3(uri):

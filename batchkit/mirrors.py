@@ -149,6 +149,10 @@ class Mirror:
         found = self._listing.get(self._name(path))
         return found.bytes if found is not None else None
 
+    def version_of(self, path: Path) -> str | None:
+        """The ETag of a file in the bucket; None where it is not there."""
+        return _etag(self._listing.get(self._name(path)))
+
     def look_again(self, path: Path) -> None:
         """Have the file here as it is now: others may have written it since the run was opened."""
         name = self._name(path)

@@ -26,8 +26,9 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
 
     `attempt` and `backend` are those of `response`; without one, of the last attempt that took the row. `message` is
     None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries`
-    counts the attempts that took the row, are over (died ones too), and did not answer it. `in_flight`: a batch service
-    has the row, or may have. `reused_from` is the run that `response` was taken over from.
+    counts the attempts that took the row, are over (died ones too), and did not answer it. `in_flight`: a batch
+    service, or a machine elsewhere, has the row, or may have. `reused_from` is the run that `response` was taken over
+    from.
     """
 
     custom_id: str
@@ -273,6 +274,13 @@ def _unanswered(last: Attempt | None) -> tuple[Verdict, str]:
             word = "expired" if last.ending == "expired" else "was cancelled"
             return Verdict.EXPIRED, f"the batch of attempt {last.number} {word} before this request was run"
         return Verdict.MISSING, f"sent in attempt {last.number}, which is over, and no response came back"
+    if last.state == "elsewhere" and last.elsewhere is not None:
+        return (
+            Verdict.PENDING,
+            f"attempt {last.number} was given to a machine elsewhere, until {last.elsewhere.expires}",
+        )
+    if last.elsewhere is not None:
+        return Verdict.PENDING, f"attempt {last.number}: {last.message}"
     reasons = {
         "died": f"the engine ended during attempt {last.number}, before this row had a response",
         "refused": f"nothing of attempt {last.number} was run: {last.message or 'it was refused'}",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from batchkit.endpoints import endpoint_at
 from batchkit.limits import Limits
 from batchkit.runs import Run, Seal, as_ranges
 from batchkit.shardfiles import request_lines
@@ -33,10 +34,17 @@ _decode = msgspec.json.Decoder(_Addressed).decode
 def first_url(run: Run, seals: Sequence[Seal]) -> str:
     """The endpoint of the first request, empty where there is none. A damaged file is told of when it is sent."""
     for seal in seals:
-        with contextlib.suppress(OSError, ValueError), open(run.requests_path(seal.shard), "rb") as stream:
+        with contextlib.suppress(OSError, ValueError), open(run.fetch(run.requests_path(seal.shard)), "rb") as stream:
             if line := stream.readline():
                 return _decode(line).url
     return ""
+
+
+def pooling(run: Run, seals: Sequence[Seal]) -> str | None:
+    """vLLM's word for what the requests ask of a model that generates nothing. Of requests that came as they are the
+    first one tells it: one model either generates or does not."""
+    endpoint = endpoint_at(first_url(run, seals) if is_foreign(run) else run.manifest.url)
+    return endpoint.pooling if endpoint is not None else None
 
 
 def cut(run: Run, seal: Seal, positions: Sequence[int], limits: Limits) -> list[Parcel]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 
 import msgspec
 
-from batchkit import inquiries, outcomes
+from batchkit import elsewhere, inquiries, outcomes
+from batchkit.errors import StorageError
 from batchkit.inquiries import BatchStatus
 from batchkit.jobs import OVER
 from batchkit.responses import ANSWERS, Verdict
@@ -51,10 +53,13 @@ class Status(msgspec.Struct, kw_only=True):
 
 
 def status(run: Run | str | Path, *, ask: bool = True) -> Status:
-    """Read the whole run and count; nothing is changed. With `ask` the providers of batches that are under way are
-    asked how these stand. Raises `RunError` where the run is damaged."""
+    """Read the whole run and count; nothing is changed, but what machines elsewhere have answered is collected. With
+    `ask` the providers of batches that are under way are asked how these stand. Raises `RunError` where the run is
+    damaged."""
     opened = run if isinstance(run, Run) else Run.open(run)
     seals = list(opened.seals())
+    with contextlib.suppress(StorageError):  # a run may be read where it cannot be written
+        elsewhere.gather(opened, {seal.shard: seal for seal in seals})
     shards = [_shard(opened, outcomes.load(opened, seal)) for seal in seals]
     totals: Counter[str] = Counter()
     for shard in shards:

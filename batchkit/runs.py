@@ -232,8 +232,21 @@ class Run:
 
     def leave_requests(self, shard: int) -> None:
         """Let go of the local copy of a shard's requests, where the run is in a bucket: they are its largest part."""
+        self.leave(self.requests_path(shard))
+
+    def leave(self, path: Path) -> None:
+        """Let go of the local copy of a file, where the run is in a bucket."""
         if self._mirror is not None:
-            self._mirror.leave(self.requests_path(shard))
+            self._mirror.leave(path)
+
+    def version_of(self, path: Path) -> str | None:
+        """Differs where the file was written anew, when the run was opened or refreshed; None where there is none."""
+        if self._mirror is not None:
+            return self._mirror.version_of(path)
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            return f"{found.st_size}-{found.st_mtime_ns}"
+        return None
 
     def bytes_of(self, path: Path) -> int | None:
         """The size of a file of the run, which need not be here; None where there is none."""

@@ -23,11 +23,12 @@ WHOLE_BYTES = 64 << 20
 
 TRIES = 4
 _NAMES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_REGION",
-          "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE",
-          "AWS_SHARED_CREDENTIALS_FILE")  # fmt: skip
+          "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_CREDENTIAL_EXPIRATION",
+          "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")  # fmt: skip
 """What a client is made from, beside files."""
 
-_clients: dict[tuple[int, tuple[str | None, ...]], Any] = {}
+_clients: dict[tuple[int, tuple[str | None, ...]], tuple[Any, Any]] = {}
+"""Each with the session that it is of."""
 _making = threading.Lock()
 
 
@@ -37,6 +38,10 @@ class MissingError(StorageError):
 
 class ChangedError(StorageError):
     """The object is not, or no longer, what the condition of a PUT says."""
+
+
+class DeniedError(StorageError):
+    """These credentials may not do that."""
 
 
 class Found(NamedTuple):
@@ -62,16 +67,39 @@ def split(uri: str) -> tuple[str, str]:
 
 def client() -> Any:
     """A client as the environment is now; one for each environment and process."""
+    return _connection()[0]
+
+
+def credentials() -> Any:
+    """What `client` signs with, None where there is nothing."""
+    return _connection()[1].get_credentials()
+
+
+def client_in(region: str) -> Any:
+    """A client like that of `client`, with the same credentials, whose URLs are those of Amazon's servers in a region:
+    left alone, boto3 signs URLs of a server that leads others on to those, which the signature does not survive."""
+    made, session = _connection()
+    place = session.client("s3", region_name=region, config=made.meta.config).meta.endpoint_url
+    return session.client("s3", region_name=region, config=made.meta.config, endpoint_url=place)
+
+
+def _connection() -> tuple[Any, Any]:
     key = (os.getpid(), tuple(os.environ.get(name) for name in _NAMES))
     with _making:
         if key not in _clients:
-            _clients[key] = make_client()
+            session = boto3_session()
+            _clients[key] = make_client(session), session
         return _clients[key]
 
 
-def make_client() -> Any:
-    """A client of one's own."""
+def boto3_session() -> Any:
     import boto3
+
+    return boto3.session.Session()
+
+
+def make_client(session: Any = None) -> Any:
+    """A client of one's own."""
     from botocore.config import Config
 
     config = Config(
@@ -84,7 +112,7 @@ def make_client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.session.Session().client("s3", config=config)
+    return (session or boto3_session()).client("s3", config=config)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -202,6 +230,10 @@ def translated(uri: str, doing: str) -> Iterator[None]:
         if isinstance(exc.__context__, ClientError):  # S3UploadFailedError and the like
             raise _of_answer(uri, doing, exc.__context__) from exc
         raise _of_client(uri, exc) from exc
+    except RuntimeError as exc:  # of botocore, where AWS_CREDENTIAL_EXPIRATION is over
+        if "expired" not in str(exc):
+            raise
+        raise CredentialsError(f"{uri}: the credentials have expired", hint=f"renew them: {GET_CREDENTIALS}") from exc
 
 
 def _of_client(uri: str, exc: Exception) -> StorageError | CredentialsError:
@@ -235,7 +267,7 @@ def error_of(uri: str, doing: str, *, code: str, status: int | None, message: st
         kind, text, hint = _ANSWERS[code]
         return kind(f"{uri}: {text.format(bucket=bucket, server=_server(), code=code)}", hint=hint)
     if status == 403:
-        return StorageError(
+        return DeniedError(
             f"{uri}: access denied: these credentials may not {doing} it",
             hint=f"let them (IAM: {_PERMISSIONS[doing]} on {bucket}), or use others: {GET_CREDENTIALS}",
         )

@@ -108,7 +108,7 @@ class Services:
     def _take_up(self) -> None:
         """Go on with the attempts that an earlier process left."""
         for seal in self._seals:
-            if any(attempt.in_flight for attempt in self._run.job(seal.shard).attempts) and self._queue.hold(seal):
+            if any(attempt.at_provider for attempt in self._run.job(seal.shard).attempts) and self._queue.hold(seal):
                 attempts.clean_up(self._run, seal.shard)
                 for tracked in attempts.take_up(self._run, seal):
                     self._take_up_one(tracked)

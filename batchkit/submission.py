@@ -16,17 +16,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Unpack
 
-from batchkit import sessions
+from batchkit import elsewhere, sessions
 from batchkit.backends import vllm, vllm_ray
 from batchkit.batch_submission import ServiceKeywords, submit_run
-from batchkit.endpoints import endpoint_at
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
 from batchkit.feeds import Feed, refuse_deleted
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
-from batchkit.parcels import first_url, is_foreign
+from batchkit.parcels import pooling
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.responses import Verdict
@@ -93,6 +92,8 @@ def submit(
     progress = progress or Silent()
     if feed is None:
         feed = Feed(_sealed(run, progress), shards=shards)
+    if gathered := str(elsewhere.gather(run, feed.seals)):
+        progress.say(gathered)
     refuse_deleted(run, feed.chosen, attempts=attempts, retry=retry, only=positions)
     feed.clean(run, attempts=attempts)
     with terminable():
@@ -111,7 +112,7 @@ def submit(
                 report = submit_run(run, feed, backend, common=common, progress=progress, keywords=others)
         elif engine == "serve":
             served = vllm.Vllm(
-                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=_pooling(run, feed.chosen)
+                model=run.manifest.model, replicas=replicas, args=engine_args, pooling=pooling(run, feed.chosen)
             )
             _tell_recovered(sessions.recover(run, feed.seals), progress)
             report = submit_served(run, feed, runner=served, common=common, progress=progress, keywords=others)
@@ -123,21 +124,14 @@ def submit(
     return report
 
 
-def _pooling(run: Run, seals: Sequence[Seal]) -> str | None:
-    """vLLM's word for what the requests ask of a model that generates nothing. Of requests that came as they are the
-    first one tells it: one model either generates or does not."""
-    endpoint = endpoint_at(first_url(run, seals) if is_foreign(run) else run.manifest.url)
-    return endpoint.pooling if endpoint is not None else None
-
-
 @contextlib.contextmanager
 def _runner(run: Run, feed: Feed, replicas: int, args: Sequence[str], ray: str | None) -> Iterator[vllm.Runner]:
     """Where the engines run: on this machine, or on a Ray cluster."""
-    pooling = _pooling(run, feed.chosen)
+    task = pooling(run, feed.chosen)
     if ray is None:
-        yield vllm.Vllm(model=run.manifest.model, replicas=replicas, args=args, pooling=pooling)
+        yield vllm.Vllm(model=run.manifest.model, replicas=replicas, args=args, pooling=task)
         return
-    if pooling is not None:
+    if task is not None:
         raise UsageError(
             f"{run.manifest.url} does not go to a Ray cluster in this version", hint="leave --ray out, or use --shards"
         )
@@ -149,7 +143,9 @@ def _run_engines(run: Run, feed: Feed, runner: vllm.Runner, progress: Progress, 
     scan = Scan(run, feed.chosen, attempts=settings.attempts, retry=settings.retry, only=settings.only)
     report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
     if scan.in_flight:
-        progress.say(f"{scan.in_flight:,} requests are at a batch service: they are left to it")
+        progress.say(
+            f"{scan.in_flight:,} requests are at a batch service, or on a machine elsewhere: they are left to it"
+        )
     with Leases(run, feed.leave) as leases:
         work = Work(
             run,
@@ -221,12 +217,14 @@ def discard(run: Run | str | Path) -> int:
         with run.lease(f"{shard:05d}"):
             pass
     sessions.recover(run, seals)  # ends engines that were left over
+    elsewhere.gather(run, seals)
     _refuse_in_flight(run, seals)
     count = responses_count(run)
     for shard in seals:
         with run.lease(f"{shard:05d}"):
             for _, path in run.responses_paths(shard):
                 remove(path)
+            elsewhere.forget(run, shard)
             remove(run.job_path(shard))
     return count
 
@@ -251,7 +249,15 @@ def _refuse_foreign(backend: str, others: OtherKeywords) -> None:
 
 
 def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:
-    flying = sum(attempt.in_flight for shard in seals for attempt in run.job(shard).attempts)
+    flying = sum(attempt.at_provider for shard in seals for attempt in run.job(shard).attempts)
+    away = sum(
+        attempt.elsewhere is not None and attempt.in_flight for shard in seals for attempt in run.job(shard).attempts
+    )
+    if away and not flying:
+        raise RunError(
+            f"{run.name}: {away} attempts were given to machines elsewhere, whose work would be in vain",
+            hint=f"batchkit cancel {shlex.quote(run.name)} first",
+        )
     if flying:
         raise RunError(
             f"{run.name}: {flying} batches are under way at a provider, and would be paid for in vain",

@@ -161,6 +161,11 @@ def server_command(
     return [*command, *_common(install, model=model, names=[model], args=args, mib=mib), *args]
 
 
+def common_args(install: Install, *, model: str, names: Sequence[str], args: Sequence[str]) -> list[str]:
+    """What stands behind input and output in `engine_command`, for a machine that is not known."""
+    return [*_common(install, model=model, names=names, args=args, mib=0), *args]
+
+
 def _common(install: Install, *, model: str, names: Sequence[str], args: Sequence[str], mib: int) -> list[str]:
     options = given(args)
     command = [] if "--model" in options else ["--model", model]
