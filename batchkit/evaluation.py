@@ -24,7 +24,7 @@ from batchkit.merging import merge
 from batchkit.progress import Progress, Silent
 from batchkit.runs import Run
 from batchkit.scores import Score
-from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines, write_whole
+from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines, shown, write_whole
 from batchkit.summaries import MAX_GROUPS
 from batchkit.truths import REASONING_FIELD, Names, Result, images_of_request, read_result
 
@@ -129,8 +129,8 @@ def evaluate(
         pass_over.copy_from(Path(image_root or options.get("image_root") or base).expanduser(), opened)
     pass_over.run(progress or Silent())
     return Evaluation(
-        folder=str(folder),
-        results=source,
+        folder=shown(folder),
+        results=shown(source),
         statistics=pass_over.statistics,
         merged=merged,
         stale=opened is not None and not merged and results is None and _is_stale(opened, Path(source)),
@@ -372,7 +372,7 @@ class _Pass:
     def _overview(self) -> Overview:
         found = self.statistics
         return Overview(
-            results=self._source,
+            results=shown(self._source),
             model=next(iter(self._models)) if len(self._models) == 1 else None,
             models=list(self._models),
             total_samples=found.total_samples,
