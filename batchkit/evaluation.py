@@ -110,7 +110,7 @@ def evaluate(
     by = [by] if isinstance(by, str) else by
     opened = Run.open(run) if run is not None else None
     source = str(results) if results is not None else str(opened.path / "results.jsonl")  # type: ignore[union-attr]  # one is given
-    merged = opened is not None and results is None and not Path(source).exists()
+    merged = opened is not None and results is None and not opened.fetch(Path(source)).exists()
     if merged and opened is not None:
         _merge(opened)
     options = opened.manifest.options if opened is not None else {}
@@ -207,9 +207,9 @@ class _Requests:
 def _requests_of(run: Run) -> Iterator[tuple[str, bytes]]:
     for seal in run.seals():
         path = run.requests_path(seal.shard)
-        if not path.exists():
+        if run.bytes_of(path) is None:
             continue
-        with open_read(str(path)) as lines:
+        with open_read(str(run.fetch(path))) as lines:
             for line in lines:
                 yield _decode_id(line).custom_id, line
 

@@ -197,6 +197,16 @@ def refuse_deleted(
         )
 
 
+def refuse_lost(run: Run, seals: Iterable[Seal]) -> None:
+    """Raise `RunError` where the requests of shards are gone: without their answers nothing would be left of them."""
+    gone = [seal.shard for seal in seals if seal.requests and run.bytes_of(run.requests_path(seal.shard)) is None]
+    if gone:
+        raise RunError(
+            f"{run.name}: the requests of {len(gone)} shards were deleted when they had answers (--delete-sent)",
+            hint="keep the answers; or prepare the task file into a new run, and submit that",
+        )
+
+
 def select(seals: Iterable[Seal], shards: str | None) -> list[Seal]:
     """Those of part I of N ("I/N")."""
     first, step = _parse_part(shards)

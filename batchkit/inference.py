@@ -22,7 +22,7 @@ from batchkit.preparation import prepare
 from batchkit.progress import Progress
 from batchkit.responses import Verdict
 from batchkit.runs import Run
-from batchkit.storage import write_whole
+from batchkit.storage import is_remote, write_whole
 from batchkit.submission import submit
 from batchkit.tasks import BATCH_KEYS, DEFAULT_IMAGE_FIELD
 
@@ -79,6 +79,8 @@ def infer(
         options["response_schema"] = schemas.load(options["response_schema"])
     if lines and not msgspec.json.decode(lines[0]).keys() >= BATCH_KEYS:  # requests name no files
         options.setdefault("image_root", str(Path.cwd()))
+    if run is not None and is_remote(str(run)):
+        raise UsageError(f"run={run}: a run of infer is a local folder in this version", hint="name a local folder")
     folder = Path(run).expanduser().absolute() if run is not None else _cached(lines, model, backend, options)
     tasks = folder.with_name(folder.name + ".tasks.jsonl")
     _write_tasks(tasks, lines)

@@ -132,9 +132,9 @@ def _shown(run: Run, seal: Seal) -> dict[int, bool]:
     rejected = {rejection.position for rejection in seal.rejected}
     positions = [position for position in range(seal.start, seal.end) if position not in rejected]
     path = run.requests_path(seal.shard)
-    if run.manifest.options.get("input_format") == "batch" or not path.exists():
+    if run.manifest.options.get("input_format") == "batch" or run.bytes_of(path) is None:
         return {}
-    with open_read(str(path)) as stream:
+    with open_read(str(run.fetch(path))) as stream:
         return dict(zip(positions, map(has_image, stream), strict=False))
 
 

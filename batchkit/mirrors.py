@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,7 @@ class Mirror:
         self.uri = uri
         self.root = root
         self._listing = Listing()
+        self._refreshing = threading.Lock()
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -91,7 +93,8 @@ class Mirror:
     def refresh(self) -> bool:
         """Take over what others have written. Returns whether there is anything in the bucket."""
         known = self._ledger.all()  # before the list: what is known by now and not in the list is gone
-        self._listing = Listing(s3.listed(self.uri + "/"))
+        with self._refreshing:
+            self._listing.relist(lambda: s3.listed(self.uri + "/"))
         if "manifest.json" in known and known["manifest.json"] != _etag(self._listing.get("manifest.json")):
             self._forget_all()  # another run bears the name now
             known = {}
@@ -194,12 +197,13 @@ class Mirror:
     def _join(self, name: str, pieces: Sequence[Found]) -> None:
         """Make of its parts a file that grows elsewhere, or grew there until that machine was lost."""
         path = self.root / name
-        if path.exists() and path.stat().st_size >= sum(piece.bytes for piece in pieces):
-            return  # it grows here, or grew here
+        if self._growth.has(name):
+            return  # it grows here
         with self._aside(name) as aside, contextlib.suppress(s3.MissingError):  # it is whole by now
             for piece in pieces:
                 s3.download(self._where(piece.name), aside, append=True)
-            os.replace(aside, path)
+            if not _begins_with(path, aside):  # else it grew here, or does, in another process: never to be replaced
+                os.replace(aside, path)
 
     # -- to the bucket -----------------------------------------------------------------------------------------------
 
@@ -321,7 +325,11 @@ def _etag(found: Found | None) -> str | None:
 
 def _goes_on(path: Path, known: Path) -> bool:
     """Whether the file holds all that `known` has, and more: what this machine had written when it was stopped."""
-    if not path.exists() or path.stat().st_size <= known.stat().st_size:
+    return _begins_with(path, known) and path.stat().st_size > known.stat().st_size
+
+
+def _begins_with(path: Path, known: Path) -> bool:
+    if not path.exists() or path.stat().st_size < known.stat().st_size:
         return False
     with open(path, "rb") as longer, open(known, "rb") as shorter:
         while piece := shorter.read(1 << 20):

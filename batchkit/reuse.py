@@ -43,12 +43,14 @@ class _Place(NamedTuple):
 
 def named(runs: Sequence[str]) -> list[str]:
     """The runs of `--reuse` as the manifest keeps them: absolute, each once."""
-    return list(dict.fromkeys(run if is_remote(run) else str(Path(run).expanduser().resolve()) for run in runs))
+    return list(
+        dict.fromkeys(run.rstrip("/") if is_remote(run) else str(Path(run).expanduser().resolve()) for run in runs)
+    )
 
 
 def open_known(name: str, into: str | Path) -> Run:
     """Open a run to reuse. Raises `RunError` where it is none, `UsageError` where it is the run `into` itself."""
-    if Path(name) == Path(into).expanduser().resolve():
+    if named([str(into)]) == [name.rstrip("/")]:
         raise UsageError(f"--reuse {name}: is the run itself", hint="name another run, or leave --reuse out")
     if not Run.exists(name):
         raise RunError(
@@ -123,7 +125,7 @@ class KnownAnswers:
             answered = _answered(outcomes.load(run, seal))
             found = {name: outcome for name, outcome in answered.items() if self._fits(outcome)}
             unfit += len(answered) - len(found)
-            if found and not run.requests_path(seal.shard).exists():
+            if found and run.bytes_of(run.requests_path(seal.shard)) is None:
                 lost += 1
                 continue
             answers += self._add(number, run, seal, found)

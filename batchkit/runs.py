@@ -217,7 +217,11 @@ class Run:
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
-        return (_root(path) / "manifest.json").is_file()
+        root = _root(path)
+        mirror = mirrors.of(root)
+        if mirror is not None:
+            mirror.refresh()
+        return (root / "manifest.json").is_file()
 
     def refresh(self) -> None:
         """Take over what other machines have written since; nothing to do for a local run."""

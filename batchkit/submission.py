@@ -21,7 +21,7 @@ from batchkit.backends import vllm, vllm_ray
 from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.engines import Engines
 from batchkit.errors import RunError, UsageError
-from batchkit.feeds import Feed, refuse_deleted
+from batchkit.feeds import Feed, refuse_deleted, refuse_lost
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
@@ -219,6 +219,7 @@ def discard(run: Run | str | Path) -> int:
     sessions.recover(run, seals)  # ends engines that were left over
     elsewhere.gather(run, seals)
     _refuse_in_flight(run, seals)
+    refuse_lost(run, seals.values())
     count = responses_count(run)
     for shard in seals:
         with run.lease(f"{shard:05d}"):

@@ -20,7 +20,7 @@ import xxhash
 from batchkit.errors import InputError, RunError
 from batchkit.jobs import Attempt, Job
 from batchkit.runs import Run, Seal, as_ranges, now
-from batchkit.storage import open_read, write_whole
+from batchkit.storage import open_read, remove, write_whole
 
 _MOST_OPEN = 8
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -73,7 +73,10 @@ def standing(run: Run, seal: Seal) -> bool:
     what they were when other answers were taken over. To be asked before the requests are replaced."""
     if not run.job_path(seal.shard).exists():
         return False
-    return run.was_shard_sent(seal.shard) or _file_checksum(run.requests_path(seal.shard)) == seal.requests_checksum
+    return (
+        run.was_shard_sent(seal.shard)
+        or _file_checksum(run.fetch(run.requests_path(seal.shard))) == seal.requests_checksum
+    )
 
 
 def take_over(run: Run, seal: Seal, taken: Sequence[Taken], *, keep: bool) -> Seal:
@@ -113,8 +116,8 @@ def _clear(run: Run, shard: int) -> None:
     numbers = {attempt.number for attempt in run.job(shard).attempts}
     for number, path in run.responses_paths(shard):
         if number in numbers or run.seal(shard) is None:
-            path.unlink(missing_ok=True)
-    run.job_path(shard).unlink(missing_ok=True)
+            remove(path)
+    remove(run.job_path(shard))
 
 
 def _write(run: Run, shard: int, taken: Sequence[Taken]) -> None:

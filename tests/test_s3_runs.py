@@ -29,6 +29,7 @@ from batchkit.backends.openai import OpenAIBatches
 from batchkit.cli import main
 from batchkit.client import Pacing
 from batchkit.errors import InputError, RunBusyError, RunError, StorageError, UsageError
+from batchkit.evaluation import evaluate
 from batchkit.handover import Pace
 from batchkit.jobs import Attempt, Job
 from batchkit.merging import merge
@@ -132,6 +133,48 @@ def test_a_run_in_a_bucket_gives_the_bytes_that_a_local_one_gives(
     files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     kept = {name for name in bucket.names("runs/one/") if "/leases/" not in name}
     assert kept == {f"runs/one/{name}" for name in files if not name.startswith("leases/")}
+
+
+def test_shards_that_are_sealed_while_the_run_is_listed_are_not_forgotten(
+    bucket: Bucket, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = s3.listed
+
+    def late(uri: str) -> Iterator[s3.Found]:
+        found = list(listed(uri))
+        time.sleep(0.2)
+        return iter(found)
+
+    monkeypatch.setattr(s3, "listed", late)
+    tasks = bucket.put("in/tasks.jsonl", task_lines())
+    done = call("run", tasks, bucket.uri("runs/one"), "--model", "m", "--backend", "server", "--max-requests", "3",
+                "--endpoints", server.url)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert set(server.answered.values()) == {1}
+
+
+def test_a_run_in_a_bucket_is_reused_from_another_machine(bucket: Bucket, server: Server, tmp_path: Path) -> None:
+    send(prepared(bucket), server)
+    bucket.on("second")
+    report = prepare(
+        bucket.uri("in/tasks.jsonl"),
+        tmp_path / "again",
+        model="m",
+        backend="server",
+        reuse=(bucket.uri("runs/one"),),
+        workers=1,
+    )
+    assert (report.requests, report.to_send) == (ROWS, 0)
+
+
+def test_evaluate_on_another_machine_takes_the_results_as_they_were_merged(bucket: Bucket, server: Server) -> None:
+    run = prepared(bucket)
+    send(run, server)
+    merge(run, prefix="answer_")
+    before = bucket.get("runs/one/results.jsonl")
+    bucket.on("second")
+    assert not evaluate(bucket.uri("runs/one")).merged
+    assert bucket.get("runs/one/results.jsonl") == before
 
 
 def test_another_machine_sees_all_of_it_and_fetches_only_what_it_reads(bucket: Bucket, server: Server) -> None:
