@@ -87,10 +87,6 @@ def compare(truth: Any, row: dict[str, Any], raw: Any, parsed: Any) -> dict[str,
     return found
 
 
-def has_truth(truth: Any) -> bool:
-    return bool(compare(truth, {}, None, None))
-
-
 def _is_same(answer: Any, truths: Iterable[Any]) -> bool:
     """Whether the answer is one of these, as a text or as a value."""
     forms = _forms(answer, as_json=False)
