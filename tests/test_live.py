@@ -295,11 +295,12 @@ def test_a_storm_of_everything_loses_nothing(server: Server, make_run: MakeRun) 
         fake_server.status(500),
         fake_server.drop,
         fake_server.cut,
-        fake_server.hang(0.4),
+        fake_server.hang(3.5),
     ]
     server.faults.extend(weather.choice([*faults, *[fake_server.fine] * 5]) for _ in range(400))
     # One that meets six faults in a row fails in passing, for the next submit.
-    codes = [send(run, server, timeout=0.3, concurrency=16).exit_code for _ in range(3)]
+    # The limit is far above what a busy machine needs for a fine answer: one that comes too late is paid for twice.
+    codes = [send(run, server, timeout=3, concurrency=16).exit_code for _ in range(3)]
     assert codes[-1] == 0
     assert set(server.answered.values()) == {1}
     assert_each_answered_by_its_own(run)
