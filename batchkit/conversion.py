@@ -22,14 +22,14 @@ OUR_NAMES_SET = frozenset(OUR_NAMES)
 
 
 class Converted(NamedTuple):
-    """What became of a row: `request` without a line feed, or `code` and `message` of a rejection.
+    """What became of a row: its line `request` with the line feed, or `code` and `message` of a rejection.
 
     `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
     where a provider bills them; `fingerprint` is that of the request, where answers of other runs are reused.
     """
 
     custom_id: str
-    request: bytes | None
+    request: bytes | memoryview | None
     code: str = ""
     message: str = ""
     pixels: int = 0
@@ -45,6 +45,8 @@ class Converter:
         self._options = options
         self._limits = options.limits
         self.root = image_root
+        self._folder = Path(image_root)
+        self._root_is_remote = references.is_remote(image_root)
         self._batch_format = batch_format
         self._takes_images = options.endpoint.takes("image_field", options.backend)
         self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
@@ -86,19 +88,21 @@ class Converter:
     def __call__(self, row: Row) -> Converted:
         try:
             done = self._kept(row) if self._batch_format else self._made(row)
-            size = len(done.request) + 1 if done.request is not None else 0
-            if done.request is not None and self._checks_each:
+            if not isinstance(done.request, bytes):
+                return done
+            if self._checks_each:
                 gemini_requests.check(tasks.parse_object(done.request)["body"])
+            request, size = done.request, len(done.request)
             if size > self._options.shard_bytes:
                 raise RowError("size", f"the request has {size:,} bytes, a shard at most {self._options.shard_bytes:,}")
         except RowError as exc:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
             custom_id = tasks.make_custom_id(row.position, tasks.whole(row))
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
-        if done.request is not None and self._options.reuse:
-            done = done._replace(fingerprint=fingerprint(done.request))
-        if done.request is not None and self._options.backend not in OWN:
-            return done._replace(tokens=request_tokens(done.request, self._options.model))
+        if self._options.reuse:
+            done = done._replace(fingerprint=fingerprint(request))
+        if self._options.backend not in OWN:
+            return done._replace(tokens=request_tokens(request, self._options.model))
         return done
 
     def _made(self, row: Row) -> Converted:
@@ -131,9 +135,11 @@ class Converter:
         return list(dict.fromkeys(uri for uri in found if uri is not None))
 
     def _may_be_remote(self, row: Row) -> bool:
-        if references.is_remote(self.root) or references.may_be_remote(row.raw):
+        if self._root_is_remote or references.may_be_remote(row.raw):
             return True
-        attached = (one for some in (row.attached or {}).values() for one in some)
+        if not row.attached:
+            return False
+        attached = (one for some in row.attached.values() for one in some)
         return any(isinstance(one, str) and references.is_remote(one) for one in attached)
 
     def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture]:
@@ -168,7 +174,7 @@ class Converter:
             raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
         uri = references.remote(image.source, self.root)
         if uri is None:
-            return images.load(image.source, Path(self.root), self._image_options, name=f"(field {image.field!r})")
+            return images.load(image.source, self._folder, self._image_options, name=f"(field {image.field!r})")
         found = fetched.get(uri, f"a template asks for other images each time: {references.shown(uri)} was not fetched")
         if isinstance(found, str):
             raise RowError("image", found)
@@ -184,7 +190,7 @@ class Converter:
             raise RowError("url", f"url {url!r} is none that {self._options.backend} runs ({taken})")
         if model != self._options.model:
             raise RowError("model", f"body.model is {model!r}, but the run's model is {self._options.model!r}")
-        return Converted(custom_id, row.raw.strip(), names=OUR_NAMES_SET & fields.keys())
+        return Converted(custom_id, row.raw.strip() + b"\n", names=OUR_NAMES_SET & fields.keys())
 
 
 def _names(raw: bytes) -> frozenset[str]:

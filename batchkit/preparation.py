@@ -23,7 +23,7 @@ from batchkit.provision import with_images
 from batchkit.reuse import KnownAnswers, named, open_known
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
-from batchkit.shards import pack
+from batchkit.shards import Cutter
 from batchkit.storage import is_remote, shown
 from batchkit.takeovers import as_it_stands, clear_behind
 from batchkit.tallies import Report, Tally
@@ -316,11 +316,9 @@ def _sharded(
     fetched = with_images(selected, make().remote_images, private_hosts=options.allow_private_hosts)
     with closing(fetched), closing(convert_all(fetched, make, hands)) as converted:
         kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted
-        pairs, again = itertools.tee(kept)
-        sizes = (len(done.request) + 1 if done.request is not None else 0 for _, done in again)
-        shards = pack(sizes, max_requests=options.shard_requests, max_bytes=options.shard_bytes)
-        for (row, done), shard in zip(pairs, shards, strict=True):
-            yield row, done, shard
+        cutter = Cutter(max_requests=options.shard_requests, max_bytes=options.shard_bytes)
+        for row, done in kept:
+            yield row, done, cutter.shard_of(len(done.request) if done.request is not None else 0)
 
 
 def _rejection(uri: str, row: Row, done: Converted) -> Rejection:

@@ -75,10 +75,10 @@ class RequestMaker:
         )  # the model comes first in the body: by that, lines of ours are split without being parsed
         self._shape = _shape_of(endpoint, system, detail)
         members = _encode(body)[1:-1]
-        self._after = (b"," + members if members else b"") + b"}}"
+        self._after = (b"," + members if members else b"") + b"}}\n"
 
     def line(self, custom_id: str, content: Content, documents: Documents = None) -> bytes:
-        """One request, without a line feed. `documents` are for score and rerank.
+        """One request, with its line feed. `documents` are for score and rerank.
 
         `custom_id` needs no escaping: it is of [A-Za-z0-9_-].
         """

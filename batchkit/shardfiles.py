@@ -43,13 +43,13 @@ class ShardDraft:
 
     def add(
         self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None
-    ) -> tuple[bytes, bytes, bytes]:
+    ) -> tuple[bytes, bytes, bytes | memoryview]:
         """Take in one row; return what it adds to the rows, the ids and the requests. `answer` is another run's."""
         if self._start is None:
             self._start = row.position
         self._last = row
         self._names |= done.names
-        added = (row.raw + b"\n", done.custom_id.encode() + b"\n", done.request + b"\n" if done.request else b"")
+        added = (row.raw + b"\n", done.custom_id.encode() + b"\n", done.request or b"")
         for digest, piece in zip(self._hashes, added, strict=True):
             digest.update(piece)
         self._attached.add(row)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batchkit import clusters
+from batchkit.arenas import SLOT_BYTES, Arena, Corner
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import BatchkitError, EngineError
 from batchkit.references import is_remote
 from batchkit.tasks import Row
 
 BLOCK_ROWS = 16
-"""Rows that travel together: enough to hide the cost of a message, few enough to bound the memory of big images."""
+"""Rows that travel together at first, and always to a cluster."""
+
+BLOCK_SECONDS = 0.03
+"""Then as many as take about so long: enough to hide the cost of a message, few enough to share the rest evenly."""
+
+MOST_ROWS = 256
 
 BLOCK_BYTES = 4 << 20
 """A block ends with the row that reaches this size."""
@@ -33,55 +39,144 @@ AHEAD = 3
 AHEAD_BYTES = 64 << 20
 """Bytes of rows under way, beyond which no further block is begun: a single row may have hundreds of megabytes."""
 
+OWN_AHEAD = 2
+"""Blocks of its own that the parent keeps until their turn comes."""
+
+ALONE_ROWS, ALONE_SECONDS = 64, 0.25
+"""Fewer rows, or less work, are not worth other processes: how far it goes without, with a number of them given or not.
+To start one takes about as long."""
+
 _converter: Converter | None = None
+_corner = Corner(None)
 _of_clusters: dict[str, Converter] = {}
 
 
 class Hands(NamedTuple):
-    """Who does the work: so many processes (None: one for each core), or the machines of the Ray cluster at `ray`."""
+    """Who does the work: so many processes, this one among them (None: one for each core), or the machines of the Ray
+    cluster at `ray`."""
 
     workers: int | None = None
     ray: str | None = None
 
 
 def convert_all(rows: Iterable[Row], make: Callable[[], Converter], hands: Hands) -> Generator[tuple[Row, Converted]]:
-    """Each row with what became of it, in order. Few rows are not worth other processes."""
+    """Each row with what became of it, in order. The bytes of a request are good until the next row is asked for."""
     rows = iter(rows)
     if hands.ray is not None:
         yield from _on_cluster(rows, make, hands.ray)
         return
-    first = _take(rows, 4 * BLOCK_ROWS, 4 * BLOCK_BYTES)
     count = hands.workers or min(_cores(), 16)
-    if count == 1 or (len(first) < 4 * BLOCK_ROWS and _size(first) < 4 * BLOCK_BYTES):
-        converter = make()
-        for row in itertools.chain(first, rows):
-            yield row, converter(row)
-        return
-    yield from _in_processes(itertools.chain(first, rows), make, count)
+    converter = make()
+    began = time.monotonic()
+    for number, row in enumerate(rows, 1):
+        yield row, converter(row)
+        if count > 1 and (number >= ALONE_ROWS if hands.workers else time.monotonic() - began > ALONE_SECONDS):
+            yield from _Crew(rows, make, converter, count - 1).converted()
+            return
 
 
-def _in_processes(rows: Iterator[Row], make: Callable[[], Converter], count: int) -> Iterator[tuple[Row, Converted]]:
-    # loky rather than concurrent.futures: a script without an `if __name__ == "__main__"` guard works, too.
-    from loky import ProcessPoolExecutor
+class _Work(NamedTuple):
+    """What became of the rows of a block. Where `lengths` has no 0, the line of a request is in the block's slot."""
 
-    pool = ProcessPoolExecutor(max_workers=count, initializer=_start_worker, initargs=(make, os.getpid()))
-    under_way: deque[tuple[list[Row], Future[list[Converted]]]] = deque()
-    try:
-        while block := _take(rows, BLOCK_ROWS, BLOCK_BYTES):
-            under_way.append((block, pool.submit(_convert_block, block)))
-            while len(under_way) >= AHEAD * count or sum(_size(one) for one, _ in under_way) > AHEAD_BYTES:
-                yield from _finished(*under_way.popleft())
-        while under_way:
-            yield from _finished(*under_way.popleft())
-    except BrokenProcessPool as exc:
-        raise BatchkitError(
-            "a worker of prepare was killed, perhaps for want of memory",
-            hint="run the same command again, with --workers 1: it goes on where it stopped",
-        ) from exc
-    finally:
-        for _, future in under_way:
-            future.cancel()
-        pool.shutdown()
+    converted: list[Converted]
+    lengths: list[int]
+    seconds: float
+
+
+class _Block(NamedTuple):
+    rows: list[Row]
+    size: int
+    slot: int | None
+    work: Future[_Work] | _Work
+
+
+class _Crew:
+    """Worker processes, and this one, which converts rows too where it would only wait for theirs."""
+
+    def __init__(
+        self, rows: Iterator[Row], make: Callable[[], Converter], converter: Converter, processes: int
+    ) -> None:
+        self._rows = rows
+        self._make = make
+        self._converter = converter
+        self._processes = processes
+        self._under_way: deque[_Block] = deque()
+        self._handed_over = 0
+        self._own = 0
+        self._size = 0
+        self._block_rows = BLOCK_ROWS
+
+    def converted(self) -> Generator[tuple[Row, Converted]]:
+        # loky rather than concurrent.futures: a script without an `if __name__ == "__main__"` guard works, too.
+        from loky import ProcessPoolExecutor
+
+        with Arena(AHEAD * self._processes) as arena:
+            pool = ProcessPoolExecutor(
+                max_workers=self._processes, initializer=_start_worker, initargs=(self._make, os.getpid(), arena.path)
+            )
+            try:
+                while self._begin_more(pool, arena) or self._under_way:
+                    yield from self._finished(arena)
+            except BrokenProcessPool as exc:
+                raise BatchkitError(
+                    "a worker of prepare was killed, perhaps for want of memory",
+                    hint="run the same command again, with --workers 1: it goes on where it stopped",
+                ) from exc
+            finally:
+                for block in self._under_way:
+                    if isinstance(block.work, Future):
+                        block.work.cancel()
+                pool.shutdown()
+
+    def _begin_more(self, pool: Any, arena: Arena) -> bool:
+        """Hand over what there is room for, and do some of the work here as long as the next block is not done.
+        Whether there may be more rows."""
+        while self._size <= AHEAD_BYTES:
+            for_others = self._handed_over < AHEAD * self._processes
+            if not for_others and (self._own >= OWN_AHEAD or _is_done(self._under_way[0])):
+                return True
+            rows = _take(self._rows, self._block_rows, BLOCK_BYTES)
+            if not rows:
+                return False
+            size = _size(rows)
+            self._size += size
+            if for_others:
+                slot = arena.take()
+                self._under_way.append(_Block(rows, size, slot, pool.submit(_convert_block, rows, slot)))
+                self._handed_over += 1
+            else:
+                self._under_way.append(_Block(rows, size, None, _convert(self._converter, rows, memoryview(b""))))
+                self._own += 1
+        return True
+
+    def _finished(self, arena: Arena) -> Generator[tuple[Row, Converted]]:
+        """The rows of the first block under way."""
+        block = self._under_way.popleft()
+        self._size -= block.size
+        if isinstance(block.work, Future):
+            work = block.work.result()
+            self._handed_over -= 1
+        else:
+            work = block.work
+            self._own -= 1
+        lines = arena.slot(block.slot) if block.slot is not None else memoryview(b"")
+        at = 0
+        for row, done, length in zip(block.rows, work.converted, work.lengths, strict=True):
+            yield row, done._replace(request=lines[at : at + length]) if length else done
+            at += length
+        arena.give_back(block.slot)
+        self._keep_pace(work, at)
+
+    def _keep_pace(self, work: _Work, shared_bytes: int) -> None:
+        count = len(work.converted)
+        wanted = count * BLOCK_SECONDS / max(work.seconds, 1e-6)
+        if shared_bytes:
+            wanted = min(wanted, count * SLOT_BYTES / shared_bytes * 0.9)
+        self._block_rows = max(1, min(MOST_ROWS, int(wanted)))
+
+
+def _is_done(block: _Block) -> bool:
+    return not isinstance(block.work, Future) or block.work.done()
 
 
 def _take(rows: Iterator[Row], most: int, most_bytes: int) -> list[Row]:
@@ -141,15 +236,12 @@ def _convert_there(token: str, make: Callable[[], Converter], rows: list[Row]) -
     return [_of_clusters[token](row) for row in rows]
 
 
-def _finished(block: list[Row], future: Future[list[Converted]]) -> Iterator[tuple[Row, Converted]]:
-    return zip(block, future.result(), strict=True)
-
-
-def _start_worker(make: Callable[[], Converter], parent: int) -> None:
-    global _converter  # noqa: PLW0603  # the state of a worker process: there is no other place
+def _start_worker(make: Callable[[], Converter], parent: int, arena: str | None) -> None:
+    global _converter, _corner  # noqa: PLW0603  # the state of a worker process: there is no other place
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent: it ends us
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     _converter = make()
+    _corner = Corner(arena)
 
 
 def _die_with(parent: int) -> None:
@@ -160,9 +252,27 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _convert_block(rows: list[Row]) -> list[Converted]:
+def _convert_block(rows: list[Row], slot: int | None) -> _Work:
     assert _converter is not None  # noqa: S101  # the initializer ran
-    return [_converter(row) for row in rows]
+    return _convert(_converter, rows, _corner.slot(slot))
+
+
+def _convert(converter: Converter, rows: list[Row], room: memoryview) -> _Work:
+    """Convert a block of rows, and put their requests into `room` as far as they fit."""
+    began, at = time.monotonic(), 0
+    converted, lengths = [], []
+    for row in rows:
+        done = converter(row)
+        length = len(done.request) if done.request is not None else 0
+        if length and at + length <= len(room):
+            room[at : at + length] = done.request  # type: ignore[assignment]  # there is one
+            done = done._replace(request=None)
+            at += length
+        else:
+            length = 0
+        converted.append(done)
+        lengths.append(length)
+    return _Work(converted, lengths, time.monotonic() - began)
 
 
 def _cores() -> int:
