@@ -41,6 +41,10 @@ ORIENTATION = 0x0112
 SIDEWAYS = range(5, 9)
 """EXIF 2.32, tag Orientation: the values that swap width and height."""
 
+DRAFT_MARGIN = 1.4
+"""A JPEG is decoded to a fraction that is so many times larger than what is wanted, at least: nearer to it the result
+differs visibly from that of a full decoding (SSIM of photographs below 0.98)."""
+
 JPEG_END = b"\xff\xd9"
 PNG_END = b"IEND\xaeB`\x82"
 
@@ -143,16 +147,19 @@ def _convert(image: Image.Image, data: bytes, options: ImageOptions, name: str) 
 def _encode(image: Image.Image, size: tuple[int, int], media_type: str, quality: int) -> Picture:
     from PIL import Image, ImageOps
 
-    turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+    whole = image.size
+    orientation = image.getexif().get(ORIENTATION, 1)
     if size != image.size:
         # JPEG decodes straight to 1/2, 1/4 or 1/8 of its size; only a no-op for other formats.
-        image.draft(None, size)
-    upright = ImageOps.exif_transpose(image)
-    if turned:
+        image.draft(None, (int(size[0] * DRAFT_MARGIN), int(size[1] * DRAFT_MARGIN)))
+    # What was decoded to a fraction has been filtered once: a narrower filter is as good there, in half the time.
+    kernel = Image.Resampling.LANCZOS if image.size == whole else Image.Resampling.BICUBIC
+    upright = ImageOps.exif_transpose(image) if orientation != 1 else image
+    if orientation in SIDEWAYS:
         size = (size[1], size[0])
     drawn = _in_mode(upright, alpha=media_type != "image/jpeg")
     if drawn.size != size:
-        drawn = drawn.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        drawn = drawn.resize(size, kernel, reducing_gap=2.0)
     out = io.BytesIO()
     if media_type == "image/png":
         drawn.save(out, "PNG")
