@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import gemini_requests, images, references, tasks, vlmevalkit
+from batchkit import gemini_requests, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
+from batchkit.pictures import Pictures
 from batchkit.placeholders import Place
 from batchkit.prompts import MissingImageError, PromptMaker, arrange, text_only
 from batchkit.requests import Documents, RequestMaker, fingerprint
@@ -55,13 +56,14 @@ class Converter:
             question_needed=options.prompt_template is None,
             compose=vlmevalkit.question_of if options.input_format == "vlmevalkit" else None,
         )
-        self._image_options = ImageOptions(
+        wanted = ImageOptions(
             media_types=self._limits.media_types,
             max_side=options.max_side,
             max_pixels=options.max_pixels,
             format=options.image_format,
             quality=options.image_quality,
         )
+        self._pictures = Pictures(Path(image_root), wanted)
         self._maker = RequestMaker(
             model=options.model,
             system=options.system_prompt,
@@ -168,11 +170,11 @@ class Converter:
             raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
         uri = references.remote(image.source, self.root)
         if uri is None:
-            return images.load(image.source, Path(self.root), self._image_options, name=f"(field {image.field!r})")
+            return self._pictures.load(image.source, name=f"(field {image.field!r})")
         found = fetched.get(uri, f"a template asks for other images each time: {references.shown(uri)} was not fetched")
         if isinstance(found, str):
             raise RowError("image", found)
-        return images.load(found, Path(), self._image_options, name=references.shown(uri))
+        return self._pictures.load(found, name=references.shown(uri))
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""
