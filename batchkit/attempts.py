@@ -92,14 +92,12 @@ def intend(run: Run, seal: Seal, positions: Sequence[int], remote: Remote, *, ba
 
 def take_up(run: Run, seal: Seal) -> list[Tracked]:
     """The attempts at batch services that are not over. The shard's lease is held."""
-    rejected = {rejection.position for rejection in seal.rejected}
+    asking = frozenset(seal.asking)
     return [
         Tracked(
             seal=seal,
             attempt=attempt,
-            positions=[
-                position for start, end in attempt.rows for position in range(start, end) if position not in rejected
-            ],
+            positions=[position for start, end in attempt.rows for position in range(start, end) if position in asking],
         )
         for attempt in run.job(seal.shard).attempts
         if attempt.at_provider

@@ -26,7 +26,8 @@ class Converted(NamedTuple):
     """What became of a row: `request` without a line feed, or `code` and `message` of a rejection.
 
     `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
-    where a provider bills them; `fingerprint` is that of the request, where answers of other runs are reused.
+    where a provider bills them; `fingerprint` is that of the request, where it is compared with others. `same_as` is
+    the position of an earlier row of the shard whose request this one shares: then there is none here.
     """
 
     custom_id: str
@@ -37,6 +38,7 @@ class Converted(NamedTuple):
     names: frozenset[str] = frozenset()
     tokens: RequestTokens | None = None
     fingerprint: bytes | None = None
+    same_as: int | None = None
 
 
 class Converter:
@@ -97,7 +99,7 @@ class Converter:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
             custom_id = tasks.make_custom_id(row.position, tasks.whole(row))
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
-        if done.request is not None and self._options.reuse:
+        if done.request is not None and (self._options.reuse or self._options.dedupe):
             done = done._replace(fingerprint=fingerprint(done.request))
         if done.request is not None and self._options.backend not in OWN:
             return done._replace(tokens=request_tokens(done.request, self._options.model))
