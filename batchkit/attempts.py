@@ -25,7 +25,7 @@ from batchkit import calls
 from batchkit.batches import Batch, Order, RefusedError, Service
 from batchkit.jobs import Attempt, AttemptState, Remote
 from batchkit.responses import UnreadableLine, parse
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
 from batchkit.storage import open_read, write_whole
 
@@ -81,7 +81,7 @@ def intend(run: Run, seal: Seal, positions: Sequence[int], remote: Remote, *, ba
         number=run.next_attempt(seal.shard),
         backend=backend,
         state="intended",
-        rows=as_ranges(positions),
+        rows=seal.ranges(positions),
         started=now(),
         remote=remote,
     )

@@ -119,6 +119,17 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
         others |= self.firsts.keys()
         return [position for position in rows if position not in others] if others else rows
 
+    def ranges(self, positions: Iterable[int]) -> list[tuple[int, int]]:
+        """Ascending positions of requests as half-open ranges, in which rows without a request may lie: so they are few
+        where every other row has none."""
+        wanted, ranges, goes_on = set(positions), list[tuple[int, int]](), False
+        for position in self.asking:
+            if position in wanted:
+                start = ranges.pop()[0] if goes_on else position
+                ranges.append((start, position + 1))
+            goes_on = position in wanted
+        return ranges
+
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """What `prepared.json` says: totals, and which of our result fields the rows already use."""

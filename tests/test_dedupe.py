@@ -76,6 +76,7 @@ def test_each_question_of_a_shard_is_sent_once_and_answers_all_its_rows(
     done = submit(tmp_path / "run", endpoints=[server.url])
     assert (done.sent, done.responses, done.remaining, done.unanswered, done.exit_code) == (7, 7, 0, 0, 0)
     assert server.asked == {"a": 2, "b": 1, "c": 2, "d": 2}, "once in each shard"
+    assert [attempt.rows for attempt in Run.open(tmp_path / "run").job(0).attempts] == [[(0, 8)]]
     results = results_of(tmp_path / "run")
     assert [result["id"] for result in results] == list(range(12))
     assert [result["raw_response"] for result in results] == [f"answer to {question}" for question in QUESTIONS]
@@ -293,12 +294,13 @@ def test_a_killed_submit_sends_nothing_twice_and_answers_every_row(
     assert submit(run).sent == 0
 
 
-def test_a_lost_shard_is_made_again_as_it_was(tasks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_lost_shard_is_made_again_as_it_was(tasks: Path, tmp_path: Path, shard: int) -> None:
     make(tasks, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     before = list(run.seals())
     respond(tmp_path / "run", lambda custom_id: response_line(custom_id, "yes"))
-    run.requests_path(0).unlink()
+    run.requests_path(shard).unlink()
     make(tasks, tmp_path / "run")
     assert list(run.seals()) == before
     assert {result["raw_response"] for result in results_of(tmp_path / "run")} == {"yes"}
