@@ -29,9 +29,7 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
         err=not plan_only,
     )
     if report.repeated:
-        click.echo(
-            f"{counted(report.repeated, 'row')} of these ask what another one of the shard asks", err=not plan_only
-        )
+        click.echo(f"{report.repeated:,} of these rows share the request of another one", err=not plan_only)
     for name, count in report.reused.items():
         click.echo(
             f"{'would reuse' if plan_only else 'reused'} {counted(count, 'answer')} of {name}", err=not plan_only
@@ -101,9 +99,7 @@ def tell_merged(summary: Any, *, as_json: bool = False) -> None:
     if summary.reused:
         click.echo(f"{summary.reused:,} of these answers were taken over from other runs", err=True)
     if summary.repeated:
-        click.echo(
-            f"{counted(summary.repeated, 'row')} of these got the answer of another one that asks the same", err=True
-        )
+        click.echo(f"{summary.repeated:,} of these rows share the request of another one", err=True)
     for name in ("unexpected", "unreadable"):
         if count := getattr(summary, name):
             click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)

@@ -241,10 +241,10 @@ def test_the_command_line_tells_of_rows_that_ask_the_same(tasks: Path, tmp_path:
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
     assert "prepared 4 requests of 12 rows" in done.stderr
-    assert "8 rows of these ask what another one of the shard asks" in done.stderr
+    assert "8 of these rows share the request of another one" in done.stderr
     respond(tmp_path / "run", lambda custom_id: response_line(custom_id, "yes"), "vllm")
     done = CliRunner().invoke(main, ["merge", str(tmp_path / "run")])
-    assert "8 rows of these got the answer of another one that asks the same" in done.stderr
+    assert "8 of these rows share the request of another one" in done.stderr
 
 
 # -- beside --reuse ----------------------------------------------------------------------------------------------------
