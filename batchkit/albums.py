@@ -44,6 +44,7 @@ class Album:
         self._folder = folder
         self._aside: Path | None = None
         self._kept = 0
+        self._placed: dict[str, str] = {}
         self._row: int | None = None
 
     @contextlib.contextmanager
@@ -61,6 +62,7 @@ class Album:
         as the text that it is: it was paid for."""
         data, ending = _decoded(image)
         self._kept += 1
+        self._placed.clear()  # all images of a shard are kept before the first of them is placed
         name = f"{self._kept}.{ending}"
         with self._told():
             (self._begun() / _KEPT / name).write_bytes(data)
@@ -73,10 +75,14 @@ class Album:
             if image.kept is None:
                 names.append(image.link or "")
                 continue
+            if image.kept in self._placed:  # several rows have this response
+                names.append(self._placed[image.kept])
+                continue
             name = f"{row}/output_image_{count}.{image.kept.rpartition('.')[2]}"
             with self._told():
                 os.replace(self._begun() / _KEPT / image.kept, self._ready(row, name))
             names.append(f"{self._folder.name}/{name}")
+            self._placed[image.kept] = names[-1]
         return names
 
     def add(self, row: int, name: str, data: bytes) -> str:

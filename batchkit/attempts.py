@@ -25,7 +25,7 @@ from batchkit import calls
 from batchkit.batches import Batch, Order, RefusedError, Service
 from batchkit.jobs import Attempt, AttemptState, Remote
 from batchkit.responses import UnreadableLine, parse
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
 from batchkit.storage import open_read, write_whole
 
@@ -81,7 +81,7 @@ def intend(run: Run, seal: Seal, positions: Sequence[int], remote: Remote, *, ba
         number=run.next_attempt(seal.shard),
         backend=backend,
         state="intended",
-        rows=as_ranges(positions),
+        rows=seal.ranges(positions),
         started=now(),
         remote=remote,
     )
@@ -92,14 +92,12 @@ def intend(run: Run, seal: Seal, positions: Sequence[int], remote: Remote, *, ba
 
 def take_up(run: Run, seal: Seal) -> list[Tracked]:
     """The attempts at batch services that are not over. The shard's lease is held."""
-    rejected = {rejection.position for rejection in seal.rejected}
+    asking = frozenset(seal.asking)
     return [
         Tracked(
             seal=seal,
             attempt=attempt,
-            positions=[
-                position for start, end in attempt.rows for position in range(start, end) if position not in rejected
-            ],
+            positions=[position for start, end in attempt.rows for position in range(start, end) if position in asking],
         )
         for attempt in run.job(seal.shard).attempts
         if attempt.at_provider

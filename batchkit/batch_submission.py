@@ -163,11 +163,11 @@ def count(
             continue
         found = outcomes.load(run, seal)
         due = len(outcomes.to_send(found, attempts=attempts, retry=retry))
-        flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
-        answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
+        flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.own)
+        answered = sum(outcome.verdict in ANSWERS for outcome in found.own)
         report.in_flight += flying
         report.remaining += due + flying
-        report.unanswered += len(found.outcomes) - answered - due - flying
+        report.unanswered += len(found.own) - answered - due - flying
 
 
 # -- what the user decides -------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
         f"(largest shard {_bytes(report.largest_shard_bytes)})",
         err=not plan_only,
     )
+    if report.repeated:
+        click.echo(f"{report.repeated:,} of these rows share the request of another one", err=not plan_only)
     for name, count in report.reused.items():
         click.echo(
             f"{'would reuse' if plan_only else 'reused'} {counted(count, 'answer')} of {name}", err=not plan_only
@@ -96,6 +98,8 @@ def tell_merged(summary: Any, *, as_json: bool = False) -> None:
         click.echo(f"the runs were not prepared alike: {difference}", err=True)
     if summary.reused:
         click.echo(f"{summary.reused:,} of these answers were taken over from other runs", err=True)
+    if summary.repeated:
+        click.echo(f"{summary.repeated:,} of these rows share the request of another one", err=True)
     for name in ("unexpected", "unreadable"):
         if count := getattr(summary, name):
             click.echo(f"{name} lines: {count:,}, kept in {summary.unexpected_file}", err=True)

@@ -149,6 +149,11 @@ prepare_options = add_options(
     click.option("--max-requests", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
     click.option("--max-bytes", type=click.IntRange(1), help="Per shard. [default: the backend's limit]"),
     click.option(
+        "--dedupe",
+        is_flag=True,
+        help="Send what several rows of a shard ask alike once; each of them gets the answer.",
+    ),
+    click.option(
         "--reuse",
         multiple=True,
         metavar="RUN",

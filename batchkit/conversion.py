@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import gemini_requests, images, references, tasks, vlmevalkit
+from batchkit import gemini_requests, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
+from batchkit.pictures import Pictures
 from batchkit.placeholders import Place
 from batchkit.prompts import MissingImageError, PromptMaker, arrange, text_only
 from batchkit.requests import Documents, RequestMaker, fingerprint
@@ -25,7 +26,8 @@ class Converted(NamedTuple):
     """What became of a row: its line `request` with the line feed, or `code` and `message` of a rejection.
 
     `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
-    where a provider bills them; `fingerprint` is that of the request, where answers of other runs are reused.
+    where a provider bills them; `fingerprint` is that of the request, where it is compared with others. `same_as` is
+    the position of an earlier row of the shard whose request this one shares: then there is none here.
     """
 
     custom_id: str
@@ -36,6 +38,7 @@ class Converted(NamedTuple):
     names: frozenset[str] = frozenset()
     tokens: RequestTokens | None = None
     fingerprint: bytes | None = None
+    same_as: int | None = None
 
 
 class Converter:
@@ -57,13 +60,14 @@ class Converter:
             question_needed=options.prompt_template is None,
             compose=vlmevalkit.question_of if options.input_format == "vlmevalkit" else None,
         )
-        self._image_options = ImageOptions(
+        wanted = ImageOptions(
             media_types=self._limits.media_types,
             max_side=options.max_side,
             max_pixels=options.max_pixels,
             format=options.image_format,
             quality=options.image_quality,
         )
+        self._pictures = Pictures(Path(image_root), wanted)
         self._maker = RequestMaker(
             model=options.model,
             system=options.system_prompt,
@@ -99,7 +103,7 @@ class Converter:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
             custom_id = tasks.make_custom_id(row.position, tasks.whole(row))
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
-        if self._options.reuse:
+        if self._options.reuse or self._options.dedupe:
             done = done._replace(fingerprint=fingerprint(request))
         if self._options.backend not in OWN:
             return done._replace(tokens=request_tokens(request, self._options.model))
@@ -174,11 +178,11 @@ class Converter:
             raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
         uri = references.remote(image.source, self.root)
         if uri is None:
-            return images.load(image.source, self._folder, self._image_options, name=f"(field {image.field!r})")
+            return self._pictures.load(image.source, name=f"(field {image.field!r})")
         found = fetched.get(uri, f"a template asks for other images each time: {references.shown(uri)} was not fetched")
         if isinstance(found, str):
             raise RowError("image", found)
-        return images.load(found, Path(), self._image_options, name=references.shown(uri))
+        return self._pictures.load(found, name=references.shown(uri))
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

@@ -116,10 +116,10 @@ def _index(run: Run, plan: Plan, seals: Mapping[int, Seal]) -> dict[str, Key]:
     for part in plan.parts:
         seal = seals[part.shard]
         ids = run.read_ids(seal)
-        rejected = {rejection.position for rejection in seal.rejected}
+        asking = frozenset(seal.asking)
         for start, end in part.rows:
             for position in range(start, end):
-                if position not in rejected:
+                if position in asking:
                     index[ids[position - seal.start]] = (part.shard, position)
     return index
 

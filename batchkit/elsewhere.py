@@ -22,7 +22,7 @@ import msgspec
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
 from batchkit.responses import ANSWERS, UnreadableLine, parse
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
 from batchkit.storage import open_read, remove, write_whole
 
@@ -58,7 +58,7 @@ class Gathered(msgspec.Struct, kw_only=True):
 def give_out(run: Run, seal: Seal, positions: Sequence[int], until: dt.datetime) -> Attempt:
     """Steps 1 and 2. The shard's lease is held."""
     number = run.next_attempt(seal.shard)
-    rows = as_ranges(positions)
+    rows = seal.ranges(positions)
     # Nobody else ever writes under this name: not what was given out before a `submit --no-resume` either.
     name = f"{FOLDER}/{seal.shard:05d}.{number}-{secrets.token_hex(4)}"
     source = run.requests_path(seal.shard).relative_to(run.path).as_posix()

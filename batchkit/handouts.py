@@ -167,7 +167,7 @@ def _attempts(run: Run, seal: Seal, signer: Signer, handout: Handout, *, again: 
 def _look(run: Run, seal: Seal) -> tuple[list[Attempt], list[int], int]:
     """The attempts that are out, the positions that are due, and how many requests are in flight."""
     found = outcomes.load(run, seal)
-    flying = sum(outcome.in_flight for outcome in found.outcomes)
+    flying = sum(outcome.in_flight for outcome in found.own)
     return elsewhere.open_in(run, seal.shard), outcomes.to_send(found, attempts=3), flying
 
 
@@ -192,11 +192,11 @@ def _command(run: Run, seal: Seal, attempt: Attempt, signer: Signer, args: Seque
     if place is None:
         raise AssertionError("not an attempt elsewhere")
     source, target = signer.get(f"{run.name}/{place.input}"), signer.put(f"{run.name}/{place.output}")
-    rejected = {rejection.position for rejection in seal.rejected}
+    asking = frozenset(seal.asking)
     return Command(
         shard=seal.shard,
         attempt=attempt.number,
-        requests=sum(position not in rejected for start, end in attempt.rows for position in range(start, end)),
+        requests=sum(position in asking for start, end in attempt.rows for position in range(start, end)),
         command=["python", "-m", MODULE, "-i", source, "-o", target, *args],
         input=source,
         output=target,

@@ -7,10 +7,12 @@ decoded.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -79,7 +81,8 @@ def load(reference: str | bytes, root: Path, options: ImageOptions, *, name: str
     """
     if isinstance(reference, bytes):
         return convert(reference, options, name=name)
-    data = _read(reference, root)
+    inline = reference.startswith("data:")
+    data = _from_data_url(reference) if inline else read(find(reference, root)[0], reference)
     return convert(data, options, name=shown(reference))
 
 
@@ -237,24 +240,32 @@ def _jpeg_scan(data: bytes) -> int:
     return len(data)
 
 
-def _read(reference: str, root: Path) -> bytes:
-    if reference.startswith("data:"):
-        return _from_data_url(reference)
+def find(reference: str, root: Path) -> tuple[str, os.stat_result]:
+    """Where the file of an image is, and what it is now. Raises `RowError` where it is none that is read."""
     if "://" in reference and not reference.startswith("file://"):
         raise RowError("image", f"image is not local, and was not fetched: {shown(reference)}")
-    try:
+    with _reading(reference):
         # Not by way of Path, which takes as long as all the rest of an image that passes through.
         path = unquote(urlsplit(reference).path) if reference.startswith("file://") else os.path.join(root, reference)  # noqa: PTH118
         found = os.stat(path)  # noqa: PTH116
-        if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise RowError("image", f"image is {kind}: {shown(reference)}")
-        if found.st_size > FILE_LIMIT:
-            raise RowError(
-                "image", f"image file has {found.st_size:,} bytes, more than {FILE_LIMIT:,}: {shown(reference)}"
-            )
-        with open(path, "rb", buffering=0) as stream:
-            return stream.readall()
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise RowError("image", f"image is {kind}: {shown(reference)}")
+    if found.st_size > FILE_LIMIT:
+        raise RowError("image", f"image file has {found.st_size:,} bytes, more than {FILE_LIMIT:,}: {shown(reference)}")
+    return path, found
+
+
+def read(path: str, reference: str) -> bytes:
+    """The bytes of a file that `find` has found. Raises `RowError`."""
+    with _reading(reference), open(path, "rb", buffering=0) as stream:
+        return stream.readall()
+
+
+@contextlib.contextmanager
+def _reading(reference: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise RowError("image", f"image not found: {shown(reference)}") from None
     except (OSError, ValueError) as exc:

@@ -62,8 +62,8 @@ def _away(seal: Seal, attempt: Attempt, place: Elsewhere) -> BatchStatus:
 
 
 def _count(seal: Seal, attempt: Attempt) -> int:
-    rejected = {rejection.position for rejection in seal.rejected}
-    return sum(position not in rejected for start, end in attempt.rows for position in range(start, end))
+    asking = frozenset(seal.asking)
+    return sum(position in asking for start, end in attempt.rows for position in range(start, end))
 
 
 def _known(seal: Seal, attempt: Attempt, remote: Remote) -> BatchStatus:

@@ -26,7 +26,7 @@ from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.responses import ANSWERS, UnreadableLine, decode, parse
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_views
 from batchkit.storage import cut_torn_line, grew, settle, sync_folder
 from batchkit.work import Leases
@@ -132,7 +132,7 @@ class Live:
                     self._progress.update(0, note=self._queue.idle())
                 yield None
                 continue
-            seal, rows = parcel.seal, as_ranges(parcel.positions)
+            seal, rows = parcel.seal, parcel.seal.ranges(parcel.positions)
             self._queue.remove_first(parcel)
             views = request_views(self._run, seal, rows)
             first = next(views)  # raises where the file is not what was sealed, before anything is sent of it

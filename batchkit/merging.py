@@ -129,13 +129,12 @@ def _remove_leftovers(run: Run, to: Places) -> None:
 
 def _shown(run: Run, seal: Seal) -> dict[int, bool]:
     """By position, whether a row's request has an image; nothing where the requests are gone."""
-    rejected = {rejection.position for rejection in seal.rejected}
-    positions = [position for position in range(seal.start, seal.end) if position not in rejected]
     path = run.requests_path(seal.shard)
     if run.manifest.options.get("input_format") == "batch" or run.bytes_of(path) is None:
         return {}
     with open_read(str(run.fetch(path))) as stream:
-        return dict(zip(positions, map(has_image, stream), strict=False))
+        shown = dict(zip(seal.asking, map(has_image, stream), strict=False))
+    return shown | {position: shown[first] for position, first in seal.firsts.items() if first in shown}
 
 
 def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:

@@ -69,6 +69,7 @@ class PrepareKeywords(TypedDict, total=False):
     on_bad_image: Literal["reject", "text-only"]
     max_requests: int | None
     max_bytes: int | None
+    dedupe: bool
     reuse: tuple[str, ...]
     allow_private_hosts: bool
 
@@ -80,12 +81,12 @@ class PrepareOptions(BaseModel):
     image in none of them. `id_fields` None means `id` where a row has it. `answer_field` holds the right answer: it is
     never sent, `evaluate` compares with it (None: `answer` where rows have it). `start`, `end` (exclusive) and `limit`
     select rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound
-    a shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
-    `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
-    other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
-    `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`. `placeholders`
-    False takes `<image>` and the like in a question as text. `image_root` may be remote; `allow_private_hosts` fetches
-    http images from hosts of the own network, too.
+    a shard, None for the backend's limits; with `dedupe` the same request is in a shard once. `max_tokens` and
+    `temperature` None: they are not sent; left out, they are `LOCAL_DEFAULTS` for local backends. `host` is who speaks
+    OpenAI's batch API, for the backend `openai`. `reuse` are other runs: what they have answered already is taken over,
+    the first named first. `url` is the endpoint; `response_schema` a decoded JSON schema that answers must match;
+    `documents_field` None: `documents`. `placeholders` False takes `<image>` and the like in a question as text.
+    `image_root` may be remote; `allow_private_hosts` fetches http images from hosts of the own network, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,6 +124,7 @@ class PrepareOptions(BaseModel):
     on_bad_image: Literal["reject", "text-only"] = "reject"
     max_requests: PositiveInt | None = None
     max_bytes: PositiveInt | None = None
+    dedupe: bool = False
     reuse: tuple[str, ...] = ()
     allow_private_hosts: bool = False
 

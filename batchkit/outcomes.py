@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import xxhash
+from msgspec import structs
 
 from batchkit.answers import ParseError, Parser, parser
 from batchkit.errors import RunError
@@ -28,7 +29,7 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     None where there is an answer and nothing to say of it; `code` is that of the error or the rejection. `tries`
     counts the attempts that took the row, are over (died ones too), and did not answer it. `in_flight`: a batch
     service, or a machine elsewhere, has the row, or may have. `reused_from` is the run that `response` was taken over
-    from.
+    from. `same_as` is the custom_id of the row whose request was sent for this one, too: all else is as of that row.
     """
 
     custom_id: str
@@ -42,6 +43,12 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     tries: int = 0
     in_flight: bool = False
     reused_from: str | None = None
+    same_as: str | None = None
+
+    @property
+    def is_paid_here(self) -> bool:
+        """Whether `response` is that of a request which this run has sent for this very row."""
+        return self.reused_from is None and self.same_as is None
 
 
 class ShardOutcomes(msgspec.Struct, kw_only=True):
@@ -61,6 +68,11 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
     superseded: list[tuple[str | None, Response]] = []
     schema: dict[str, Any] | None = None
 
+    @property
+    def own(self) -> list[Outcome]:
+        """The outcomes of rows that have a request of their own, and of rejected ones."""
+        return [outcome for outcome in self.outcomes if outcome.same_as is None]
+
 
 def load(run: Run, seal: Seal, keep: Keep | None = None) -> ShardOutcomes:
     """Read what is known of a shard now; `keep` as for `responses.parse`. Raises `RunError` where its files are
@@ -71,7 +83,7 @@ def load(run: Run, seal: Seal, keep: Keep | None = None) -> ShardOutcomes:
     schema = run.manifest.response_schema
     shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[], schema=schema)
     # A rejected row may bear the id of the row that it repeats: responses belong to the row that was sent.
-    index_of = {custom_id: index for index, custom_id in enumerate(ids) if index not in rejections}
+    index_of = {ids[position - seal.start]: position - seal.start for position in seal.asking}
     candidates = _read_responses(run, shard, attempts, index_of, keep)
     last, over = _attempts_of_rows(list(attempts.values()), seal)
     shard.outcomes = [
@@ -81,6 +93,9 @@ def load(run: Run, seal: Seal, keep: Keep | None = None) -> ShardOutcomes:
         for index, custom_id in enumerate(ids)
     ]
     shard.superseded = list(_superseded(candidates, shard.outcomes, attempts))
+    for position, first in seal.firsts.items():
+        index, sent = position - seal.start, shard.outcomes[first - seal.start]
+        shard.outcomes[index] = structs.replace(sent, custom_id=ids[index], same_as=sent.custom_id)
     return shard
 
 
@@ -146,14 +161,18 @@ def to_send(
 
     What is pending; what is missing or failed in passing (expired too) after fewer than `attempts` tries; and the
     verdicts in `retry`, however often they were tried: `invalid` ones are those that do not match the run's schema.
-    Rejected rows never; `only` these positions, where given.
+    Rejected rows never; `only` these positions, where given. For a row whose request is that of another, the other.
     """
+    if only is not None:
+        firsts, rows = outcomes.seal.firsts, range(outcomes.seal.start, outcomes.seal.end)
+        only = {firsts.get(position, position) for position in rows if position in only}
     judge = Verdict.INVALID in retry and outcomes.schema is not None
     matches = parser("json", outcomes.schema) if judge else None
     return [
         position
         for position, outcome in enumerate(outcomes.outcomes, outcomes.seal.start)
-        if (only is None or position in only)
+        if outcome.same_as is None
+        and (only is None or position in only)
         and (_is_due(outcome, attempts, retry) or (matches is not None and _is_invalid(outcome, matches)))
     ]
 

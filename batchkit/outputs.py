@@ -181,7 +181,7 @@ class Outputs:
         result = self._encoder.encode(row, outcome, names)
         self._results.write(result.line)
         self.tally.add(outcome, result.verdict, result.error)
-        if self._billing is not None and response is not None and outcome.reused_from is None:
+        if self._billing is not None and response is not None and outcome.is_paid_here:
             self._billing.add(response, outcome.backend)
         if self._retry is not None and result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
             self._retry.write(row + b"\n")

@@ -103,7 +103,7 @@ def plan(
                 if draft is not None:
                     tally.add(draft.sealed())
                 draft = ShardDraft(shard)
-            rejection = _rejection(source.uri, row, done) if done.request is None else None
+            rejection = _rejection(source.uri, row, done)
             draft.add(row, done, rejection, known.find(done))
             (progress or Silent()).update(1)
     if draft is not None:
@@ -144,7 +144,8 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[Source, Prepa
 
 def _refuse_conversion(keywords: PrepareKeywords) -> None:
     """Rows in batch format are kept as they are: an option that would change them must not be ignored in silence."""
-    kept = {"model", "backend", "host", "input_format", "start", "end", "limit", "max_requests", "max_bytes", "reuse"}
+    kept = {"model", "backend", "host", "input_format", "start", "end", "limit", "max_requests", "max_bytes"}
+    kept |= {"dedupe", "reuse"}
     defaults = PrepareOptions.model_fields
     for name, value in keywords.items():
         if name not in kept and value != defaults[name].get_default():
@@ -282,7 +283,7 @@ def _written(
                 if writer is not None:
                     yield writer.seal()
                 writer = ShardWriter(run, first + index)
-            rejection = _rejection(run.manifest.input.uri, row, done) if done.request is None else None
+            rejection = _rejection(run.manifest.input.uri, row, done)
             if rejection is not None and strict:
                 raise InputError(rejection.message, hint="mend the row, or leave out --strict to set it aside")
             writer.add(row, done, rejection, known.find(done))
@@ -318,10 +319,20 @@ def _sharded(
         kept = ((row, seen.check(row, done)) for row, done in converted) if batch_format else converted
         cutter = Cutter(max_requests=options.shard_requests, max_bytes=options.shard_bytes)
         for row, done in kept:
-            yield row, done, cutter.shard_of(len(done.request) if done.request is not None else 0)
+            size = len(done.request) if done.request is not None else 0
+            shard, back = cutter.place(size, done.fingerprint if options.dedupe else None)
+            yield row, done if back is None else _shared(done, row.position - back), shard
 
 
-def _rejection(uri: str, row: Row, done: Converted) -> Rejection:
+def _shared(done: Converted, first: int) -> Converted:
+    """A row whose request is that of the row `first`."""
+    return Converted(done.custom_id, None, names=done.names, same_as=first)
+
+
+def _rejection(uri: str, row: Row, done: Converted) -> Rejection | None:
+    """None for a row that was not rejected."""
+    if done.request is not None or done.same_as is not None:
+        return None
     name = Path(uri).name
     return Rejection(
         position=row.position,

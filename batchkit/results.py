@@ -32,6 +32,7 @@ class _Note(msgspec.Struct, gc=False):
     backend: str | None
     attempt: int | None
     reused_from: str | msgspec.UnsetType = msgspec.UNSET
+    same_as: str | msgspec.UnsetType = msgspec.UNSET
     output_images: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
     text_segments: int | msgspec.UnsetType = msgspec.UNSET
     conflicts: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
@@ -142,6 +143,8 @@ def _note(outcome: Outcome, verdict: Verdict, response: Response | None) -> _Not
     )
     if outcome.reused_from is not None:
         note.reused_from = outcome.reused_from
+    if outcome.same_as is not None:
+        note.same_as, note.usage = outcome.same_as, None  # it stands in the result of the row that was sent
     if outcome.conflicts:
         note.conflicts = [
             {"raw_response": other.answer, "verdict": other.verdict, "finish_reason": other.finish_reason}

@@ -102,7 +102,7 @@ class KnownAnswers:
 
     def find(self, done: Converted) -> Answer | None:
         """The answer that a request had in one of the runs."""
-        if done.fingerprint is None:
+        if done.fingerprint is None or not self._runs:
             return None
         try:
             found = self._index.execute(
@@ -150,8 +150,7 @@ class KnownAnswers:
         """Take in one shard; how many answers it has."""
         places = _places(run, seal, answered)
         ids = run.read_ids(seal) if places else []
-        rejected = {rejection.position - seal.start for rejection in seal.rejected}
-        indices = [index for index, one in enumerate(ids) if one in places and index not in rejected]
+        indices = [position - seal.start for position in seal.asking if places and ids[position - seal.start] in places]
         lines = request_lines(run, seal, as_ranges(seal.start + index for index in indices)) if indices else ()
         self._index.execute("BEGIN")
         for index, line in zip(indices, lines, strict=True):
@@ -176,7 +175,7 @@ def _row(custom_id: str) -> str:
 
 
 def _answered(shard: outcomes.ShardOutcomes) -> dict[str, Outcome]:
-    return {outcome.custom_id: outcome for outcome in shard.outcomes if outcome.verdict in ANSWERS}
+    return {outcome.custom_id: outcome for outcome in shard.own if outcome.verdict in ANSWERS}
 
 
 def _places(run: Run, seal: Seal, answered: Mapping[str, Outcome]) -> dict[str, _Place]:

@@ -11,14 +11,14 @@ import contextlib
 import datetime as dt
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from batchkit import leases, mirrors, s3, storage
+from batchkit import leases, mirrors, s3, storage, twins
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
 from batchkit.limits import CHAT
@@ -78,12 +78,13 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True):
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
     """What `requests/NNNNN.json` says of a finished shard: rows `[start, end)` of the task file.
 
-    `pixels` sums the decoded pixels of all images: what an engine that decodes them all at once needs memory for.
-    `next_line` and `next_offset` are where the input goes on behind the shard (line from 1, offset in bytes).
-    `names_in_use` are the fields of a result that rows of the shard have already. `tokens` estimates what the requests
-    take, where a provider bills them. `reused` counts the requests whose answers `prepare` took over, by the run that
-    they are from; `tokens_to_send` are those of the others, where there are any reused ones. `attached_checksum` is of
-    the images that came with the rows, beside their JSON.
+    `requests` counts the lines of its file: rows that were rejected, or ask what another one of the shard asks
+    (`twins`, as the module of this name writes them), have none there. `pixels` sums the decoded pixels of all images:
+    what an engine that decodes them all at once needs memory for. `next_line` and `next_offset` are where the input
+    goes on behind the shard (line from 1, offset in bytes). `names_in_use` are the fields of a result that rows of the
+    shard have already. `tokens` estimates what the requests take, where a provider bills them. `reused` counts the
+    requests whose answers `prepare` took over, by the run that they are from; `tokens_to_send` are those of the others,
+    where there are any reused ones. `attached_checksum` is of the images that came with the rows, beside their JSON.
     """
 
     shard: int
@@ -104,6 +105,30 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     reused: dict[str, int] = {}
     tokens_to_send: Totals | None = None
     attached_checksum: str = ""
+    twins: str = ""
+
+    @property
+    def firsts(self) -> dict[int, int]:
+        """The positions of rows that ask what an earlier one asks → that one, whose request is sent for them, too."""
+        return twins.from_text(self.twins)
+
+    @property
+    def asking(self) -> Sequence[int]:
+        """The positions of rows that have a request of their own, in the order of the file's lines."""
+        rows, others = range(self.start, self.end), {rejection.position for rejection in self.rejected}
+        others |= self.firsts.keys()
+        return [position for position in rows if position not in others] if others else rows
+
+    def ranges(self, positions: Iterable[int]) -> list[tuple[int, int]]:
+        """Ascending positions of requests as half-open ranges, in which rows without a request may lie: so they are few
+        where every other row has none."""
+        wanted, ranges, goes_on = set(positions), list[tuple[int, int]](), False
+        for position in self.asking:
+            if position in wanted:
+                start = ranges.pop()[0] if goes_on else position
+                ranges.append((start, position + 1))
+            goes_on = position in wanted
+        return ranges
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):

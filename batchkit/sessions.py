@@ -31,7 +31,7 @@ from batchkit.division import Collected, Division, Part, Plan
 from batchkit.errors import RunBusyError
 from batchkit.jobs import OVER, Attempt
 from batchkit.rounds import Key
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
 from batchkit.storage import settle, sync_folder, write_whole
 
@@ -58,7 +58,7 @@ def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key]) -> Plan:
     for shard, position in sorted(keys):
         rows.setdefault(shard, []).append(position)
     parts = [
-        Part(shard=shard, attempt=run.next_attempt(shard), rows=as_ranges(positions))
+        Part(shard=shard, attempt=run.next_attempt(shard), rows=seals[shard].ranges(positions))
         for shard, positions in rows.items()
     ]
     plan = Plan(session=session, parts=parts)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from batchkit import twins
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
 from batchkit.measures import Totals
@@ -35,6 +36,7 @@ class ShardDraft:
         self._tokens_to_send = Totals()
         self._reused: Counter[str] = Counter()
         self._rejected: list[Rejection] = []
+        self._twins: list[tuple[int, int]] = []
         self._names: set[str] = set()
         self._rows_bytes = 0
         self._requests_bytes = 0
@@ -57,6 +59,8 @@ class ShardDraft:
         self._requests_bytes += len(added[2])
         if rejection is not None:
             self._rejected.append(rejection)
+        elif done.same_as is not None:
+            self._twins.append((row.position, done.same_as))
         else:
             self._requests += 1
             self._pixels += done.pixels
@@ -79,6 +83,7 @@ class ShardDraft:
             end=self._last.position + 1,
             requests=self._requests,
             rejected=self._rejected,
+            twins=twins.as_text(self._twins),
             rows_bytes=self._rows_bytes,
             requests_bytes=self._requests_bytes,
             pixels=self._pixels,
@@ -154,9 +159,11 @@ class ShardWriter:
         sent = [span for attempt in attempts if attempt.reused_from is None for span in attempt.rows]
         cut = (seal.start, seal.end, seal.ids_checksum)
         moved = old is not None and self._run.was_sent() and (old.start, old.end, old.ids_checksum) != cut
-        if moved or any(start < seal.start or end > seal.end for start, end in sent):
+        paired = old is not None and self._run.was_shard_sent(self.shard) and old.twins != seal.twins
+        if moved or paired or any(start < seal.start or end > seal.end for start, end in sent):
+            what = "requests" if paired else "rows"
             raise RunError(
-                f"shard {self.shard}: was sent, and would have other rows now: images have changed since",
+                f"shard {self.shard}: was sent, and would have other {what} now: images have changed since",
                 hint="restore the images as they were, or the lost file from a copy of the run",
             )
 
@@ -306,9 +313,8 @@ def _requests_there(run: Run, seal: Seal) -> Path:
 
 def _wanted(seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[bool]:
     """For each request line of a shard, whether its row is in one of the ranges `rows`."""
-    rejected = {rejection.position for rejection in seal.rejected}
     positions = {position for start, end in rows for position in range(start, end)}
-    return (position in positions for position in range(seal.start, seal.end) if position not in rejected)
+    return (position in positions for position in seal.asking)
 
 
 def _not_as_sealed(path: Path) -> RunError:

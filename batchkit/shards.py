@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 
 class Cutter:
@@ -17,18 +17,31 @@ class Cutter:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._shard = self._rows = self._held = 0
+        self._asked: dict[Hashable, int] = {}
 
-    def shard_of(self, size: int) -> int:
-        """`size` is the bytes of the next row's request line, line feed included; 0 where it became no request."""
-        if self._rows and (self._rows >= self._max_requests or self._held + size > self._max_bytes):
+    def place(self, size: int, asks: Hashable | None = None) -> tuple[int, int | None]:
+        """The shard of the next row. `size` is the bytes of its request line, line feed included; 0 where it became no
+        request. `asks` is what the request asks, None where it is like no other.
+
+        With it comes, for a row that asks what another of its shard asks, how many rows before it the first of these
+        is. Such a row counts as a row and takes no bytes.
+        """
+        first = self._asked.get(asks) if asks is not None else None
+        if self._rows and (self._rows >= self._max_requests or (first is None and self._held + size > self._max_bytes)):
             self._shard += 1
             self._rows = self._held = 0
+            self._asked.clear()
+            first = None
+        if first is None:
+            self._held += size
+            if asks is not None:
+                self._asked[asks] = self._rows
+        back = None if first is None else self._rows - first
         self._rows += 1
-        self._held += size
-        return self._shard
+        return self._shard, back
 
 
 def pack(sizes: Iterable[int], *, max_requests: int, max_bytes: int) -> Iterator[int]:
     """For each of `sizes` in order, the number of its shard."""
     cutter = Cutter(max_requests=max_requests, max_bytes=max_bytes)
-    return map(cutter.shard_of, sizes)
+    return (cutter.place(size)[0] for size in sizes)

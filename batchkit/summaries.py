@@ -64,7 +64,8 @@ class Summary(msgspec.Struct, kw_only=True):
     `prepared` is False while `prepare` has not finished: there are more rows to come. `started` to `finished` spans
     the attempts; `seconds` counts only the time in which at least one that has ended was under way. Of a pile, which
     has no attempts, nothing is known of time. `reused` rows have an answer of another run: they are in `verdicts`,
-    and in nothing that says what this run has taken. `retry_file` is None where the rows are no tasks without what came
+    and in nothing that says what this run has taken. Nor are `repeated` rows, whose request was sent for another row of
+    their shard and stands for them, too. `retry_file` is None where the rows are no tasks without what came
     beside them; `send_rest` is then the command that asks again. `parts`, `gaps` and `differences` are there where
     several runs were merged: see `parts`.
     """
@@ -88,6 +89,7 @@ class Summary(msgspec.Struct, kw_only=True):
     unexpected_file: str | None
     send_rest: str | None = None
     reused: int = 0
+    repeated: int = 0
     parts: list[Part] = []
     gaps: list[Gap] = []
     differences: list[str] = []
@@ -115,6 +117,8 @@ class Tally:
     def __init__(self) -> None:
         self.rows = 0
         self.reused = 0
+        self.repeated = 0
+        self._free = 0  # answers that this run did not ask for
         self.unexpected = 0
         self.unreadable = 0
         self._verdicts: dict[Verdict, int] = dict.fromkeys(Verdict, 0)
@@ -124,8 +128,10 @@ class Tally:
     def add(self, outcome: Outcome, verdict: Verdict, error: str | None) -> None:
         self.rows += 1
         self._verdicts[verdict] += 1
-        if outcome.reused_from is not None:
-            self.reused += 1
+        self.reused += outcome.reused_from is not None
+        self.repeated += outcome.same_as is not None
+        if not outcome.is_paid_here:
+            self._free += verdict in ANSWERS
         elif outcome.response is not None and (usage := outcome.response.usage):
             self._add_tokens(usage)
         if error is not None and verdict is not Verdict.PENDING:
@@ -168,7 +174,7 @@ class Tally:
         attempts = list(attempts)
         assert sum(self._verdicts.values()) == self.rows  # noqa: S101  # the promise; a failure here is our bug
         started, finished, seconds = _times([attempt for attempt in attempts if attempt.reused_from is None])
-        answers = sum(count for verdict, count in self._verdicts.items() if verdict in ANSWERS) - self.reused
+        answers = sum(count for verdict, count in self._verdicts.items() if verdict in ANSWERS) - self._free
         prompt, completion, total = self._tokens
         return Summary(
             rows=self.rows,
@@ -190,6 +196,7 @@ class Tally:
             unexpected_file=unexpected_file,
             send_rest=send_rest,
             reused=self.reused,
+            repeated=self.repeated,
             parts=list(parts),
             gaps=list(gaps),
             differences=list(differences),

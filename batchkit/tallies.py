@@ -20,7 +20,7 @@ class Report(msgspec.Struct, kw_only=True):
     `first_rejections` are the first few messages; `already` says that the run was complete before. `warnings` are of
     options that were likely not meant, `notes` tell how the input is read. `tokens` and `estimate` are there where a
     provider bills them. `reused` counts the answers that were taken over, by the run that they are from; tokens and
-    estimate are of the other requests.
+    estimate are of the other requests. `repeated` rows have none: another row of their shard asks the same.
     """
 
     shards: int = 0
@@ -38,6 +38,7 @@ class Report(msgspec.Struct, kw_only=True):
     tokens: Totals | None = None
     estimate: Estimate | None = None
     reused: dict[str, int] = {}
+    repeated: int = 0
 
     @property
     def to_send(self) -> int:
@@ -60,6 +61,7 @@ class Tally:
         report.rows += seal.end - seal.start
         report.requests += seal.requests
         report.rejected += len(seal.rejected)
+        report.repeated += len(seal.firsts)
         report.requests_bytes += seal.requests_bytes
         report.largest_shard_bytes = max(report.largest_shard_bytes, seal.requests_bytes)
         self._rows_bytes += seal.rows_bytes

@@ -84,9 +84,9 @@ class Scan:
             if only is not None or run.job_path(seal.shard).exists():
                 found = outcomes.load(run, seal)
                 due = len(outcomes.to_send(found, attempts=attempts, retry=retry, only=only))
-                answered = sum(outcome.verdict in ANSWERS for outcome in found.outcomes)
-                flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
-                reused = sum(outcome.reused_from is not None for outcome in found.outcomes)
+                answered = sum(outcome.verdict in ANSWERS for outcome in found.own)
+                flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.own)
+                reused = sum(outcome.reused_from is not None for outcome in found.own)
                 self.answered = self.answered or answered > reused
                 self.in_flight += flying
                 self.unanswered += max(0, seal.requests - answered - due - flying)

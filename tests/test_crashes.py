@@ -45,14 +45,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Scene:
-    """A fresh run and a fresh provider."""
+    """A fresh run and a fresh provider. Each question is asked by so many rows as `copies` says, and sent once."""
 
-    def __init__(self, folder: Path, provider: Provider, backend: str) -> None:
+    def __init__(self, folder: Path, provider: Provider, backend: str, copies: int = 1) -> None:
         self.provider = provider
         tasks = folder / "tasks.jsonl"
         folder.mkdir()
-        tasks.write_text("".join(json.dumps({"id": n, "question": f"{n}?"}) + "\n" for n in range(ROWS)))
+        tasks.write_text("".join(json.dumps({"id": n, "question": f"{n // copies}?"}) + "\n" for n in range(ROWS)))
         options: Any = {"model": "gemini-2.5-flash" if backend == "gemini" else "m", "backend": backend}
+        options["dedupe"] = copies > 1
         prepare(tasks, folder / "run", workers=1, max_requests=8, **options)
         self.run = Run.open(folder / "run")
         self.url = provider.url if backend == "gemini" else f"{provider.url}/v1"
@@ -94,13 +95,13 @@ class Scene:
         submit(self.run, base_url=self.url, resend=[name], limit=0)
 
     def check_books(self) -> None:
-        ids = [custom_id for seal in self.run.seals() for custom_id in self.run.read_ids(seal)]
+        ids = [self.run.read_ids(seal)[row - seal.start] for seal in self.run.seals() for row in seal.asking]
         lost = self.lost_to_expiry()
         assert self.provider.paid - lost == Counter(ids), "each request is paid for once"
         for seal in self.run.seals():
             for outcome in outcomes.load(self.run, seal).outcomes:
                 assert outcome.response is not None
-                assert outcome.response.answer == f"answer to {outcome.custom_id}"
+                assert outcome.response.answer == f"answer to {outcome.same_as or outcome.custom_id}"
         states = Counter(attempt.state for seal in self.run.seals() for attempt in self.run.job(seal.shard).attempts)
         assert states.keys() <= {"collected", "refused"}
 
@@ -145,11 +146,11 @@ def make_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         monkeypatch.setenv("GEMINI_API_KEY", first.key)
         count = 0
 
-        def make(backend: str) -> Scene:
+        def make(backend: str, copies: int = 1) -> Scene:
             nonlocal count
             count += 1
             first.reset()
-            return Scene(tmp_path / str(count), first, backend)
+            return Scene(tmp_path / str(count), first, backend, copies)
 
         yield make
 
@@ -179,13 +180,13 @@ def count_boundaries(scene: Scene) -> int:
         return int(stream.read())
 
 
-def kill_at_boundaries(make_scene: Callable[[str], Scene], backend: str, *, every: int) -> None:
-    scene = make_scene(backend)
+def kill_at_boundaries(make_scene: Callable[..., Scene], backend: str, *, every: int, copies: int = 1) -> None:
+    scene = make_scene(backend, copies)
     boundaries = count_boundaries(scene)
     assert boundaries > 50
     offset = random.Random(backend).randrange(every)
     for step in range(1 + offset, boundaries + 1, every):
-        scene = make_scene(backend)
+        scene = make_scene(backend, copies)
         pid = scene.fork(killed_at(step, [0]))
         _, code = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(code), f"boundary {step} of {boundaries}"
@@ -215,6 +216,13 @@ def kill_at_random(make_scene: Callable[[str], Scene], backend: str, *, times: i
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_kill_at_some_steps_costs_nothing(backend: str, make_scene: Callable[[str], Scene]) -> None:
     kill_at_boundaries(make_scene, backend, every=12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kill_costs_nothing_where_several_rows_share_a_request(
+    backend: str, make_scene: Callable[..., Scene]
+) -> None:
+    kill_at_boundaries(make_scene, backend, every=40, copies=3)
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def test_what_is_not_plain_is_left_to_pillow() -> None:
         assert headers.read(data) is None
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_header_that_is_damaged_is_never_taken_where_pillow_would_not() -> None:
     chance = random.Random(5)
     taken = 0
