@@ -43,9 +43,7 @@ class Converted(NamedTuple):
 class Converter:
     """Converts rows of one input with one set of options. Picklable by its arguments: workers make their own."""
 
-    def __init__(
-        self, options: PrepareOptions, *, image_root: str, batch_format: bool, surveyed: bool = False
-    ) -> None:
+    def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool, surveyed: bool = False) -> None:
         self._options = options
         self._surveyed = surveyed
         self._limits = options.limits

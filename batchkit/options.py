@@ -81,12 +81,13 @@ class PrepareOptions(BaseModel):
     image in none of them. `id_fields` None means `id` where a row has it. `answer_field` holds the right answer: it is
     never sent, `evaluate` compares with it (None: `answer` where rows have it). `start`, `end` (exclusive) and `limit`
     select rows by position. `max_side` in pixels, `max_pixels` in pixels of area; `fit` is a model, to whose own size
-    for them images are shrunk (within the other two). `max_requests` and `max_bytes` bound a shard, None for the backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are
-    `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
-    other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
-    `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`. `placeholders`
-    False takes `<image>` and the like in a question as text. `image_root` may be remote; `allow_private_hosts` fetches
-    http images from hosts of the own network, too.
+    for them images are shrunk (within the other two). `max_requests` and `max_bytes` bound a shard, None for the
+    backend's limits. `max_tokens` and `temperature` None: they are not sent; left out, they are `LOCAL_DEFAULTS` for
+    local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are other runs: what they
+    have answered already is taken over, the first named first. `url` is the endpoint; `response_schema` a decoded JSON
+    schema that answers must match; `documents_field` None: `documents`. `placeholders` False takes `<image>` and the
+    like in a question as text. `image_root` may be remote; `allow_private_hosts` fetches http images from hosts of the
+    own network, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,6 +8,7 @@ import msgspec
 
 from batchkit.measures import Totals
 from batchkit.pricing import Estimate
+from batchkit.resolutions import Resolution
 from batchkit.runs import Prepared, Seal, now
 
 SHOWN_REJECTIONS = 5
@@ -20,7 +21,7 @@ class Report(msgspec.Struct, kw_only=True):
     `first_rejections` are the first few messages; `already` says that the run was complete before. `warnings` are of
     options that were likely not meant, `notes` tell how the input is read. `tokens` and `estimate` are there where a
     provider bills them. `reused` counts the answers that were taken over, by the run that they are from; tokens and
-    estimate are of the other requests.
+    estimate are of the other requests. `resolutions` are of a plan whose requests have images.
     """
 
     shards: int = 0
@@ -38,6 +39,7 @@ class Report(msgspec.Struct, kw_only=True):
     tokens: Totals | None = None
     estimate: Estimate | None = None
     reused: dict[str, int] = {}
+    resolutions: list[Resolution] = []
 
     @property
     def to_send(self) -> int:
