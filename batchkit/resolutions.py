@@ -98,7 +98,7 @@ class Survey:
         pictures = self._plain.pictures(row)
         if len(pictures) == len(done.images):  # else they are seen from other machines alone
             for place, number, unknown in wanted:
-                self._measure(pictures[place], number, done.images[place][0].size, unknown)
+                self._measure(pictures[place], number, done.images[place][0], unknown)
 
     def _count(self, given: Given, sent: int, *, reused: bool) -> list[bool]:
         """Add one image to each sum; return in which of them its bytes are not known."""
@@ -118,19 +118,25 @@ class Survey:
                 total.open_share += given.size * size[0] * size[1] / (given.width * given.height)
         return unknown
 
-    def _measure(self, picture: Picture, number: int, given: int, unknown: list[bool]) -> None:
+    def _measure(self, picture: Picture, number: int, given: Given, unknown: list[bool]) -> None:
         made: list[int | None] = []
-        larger = picture
+        source, span = picture, (given.width, given.height)
         try:
-            for (name, way), wanted in zip(self._ways.items(), unknown, strict=True):
-                # A side from the next larger one: quicker to read, and about the same.
-                by_side = name in _BY_SIDE
-                done = convert((larger if by_side else picture).data, way, name="") if wanted else None
-                larger = done if by_side and done is not None else larger
-                made.append(len(done.data) if done is not None else None)
+            for way, wanted in zip(self._ways.values(), unknown, strict=True):
+                if not wanted:
+                    made.append(None)
+                    continue
+                size = _sized(given.width, given.height, way)
+                if way.fit is not None or not _shrinks_to(span, size):
+                    source, span = picture, (given.width, given.height)
+                # Else from what was made before, which is quicker to read, and takes about the same bytes in the end.
+                done = convert(source.data, way, name="")
+                made.append(len(done.data))
+                if done.pixels == size[0] * size[1]:
+                    source, span = done, size
         except RowError:
             return  # broken behind its header: that shows only once it is to be shrunk
-        self._sample.append(_Measured(number, given, made))
+        self._sample.append(_Measured(number, given.size, made))
         if len(self._sample) > SAMPLED:
             self._stride *= 2
             self._sample = [one for one in self._sample if one.number % self._stride == 0]
@@ -177,9 +183,6 @@ class Survey:
         return plan.batch_usd if plan.output_tokens is not None else plan.input_batch_usd
 
 
-_BY_SIDE = tuple(f"--max-side {side}" for side in SIDES)
-
-
 def _ways(options: PrepareOptions, model: str) -> dict[str, ImageOptions]:
     """By name: as the options say, then each other way that is no repetition."""
     unchanged = ImageOptions(
@@ -193,13 +196,19 @@ def _ways(options: PrepareOptions, model: str) -> dict[str, ImageOptions]:
     fit = options.fit or model
     if family_of(fit) is not None:
         ways[f"--fit {fit}"] = replace(unchanged, fit=fit)
-    for name, side in zip(_BY_SIDE, SIDES, strict=True):
-        ways[name] = replace(unchanged, max_side=side)
+    for side in SIDES:
+        ways[f"--max-side {side}"] = replace(unchanged, max_side=side)
     return {name: way for name, way in ways.items() if name == "as given" or way != given}
 
 
 def _sized(width: int, height: int, way: ImageOptions) -> tuple[int, int]:
     return sent_size(width, height, max_side=way.max_side, max_pixels=way.max_pixels, fit=way.fit, detail=way.detail)
+
+
+def _shrinks_to(larger: tuple[int, int], smaller: tuple[int, int]) -> bool:
+    """Whether both sides shrink, by the same factor but for the rounding."""
+    across, down = (before / after for before, after in zip(larger, smaller, strict=True))
+    return min(across, down) >= 1 and max(across, down) < 1.01 * min(across, down)
 
 
 def _in_base64(size: int) -> int:
