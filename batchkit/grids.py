@@ -185,12 +185,13 @@ def _qwen(factor: int, least: int, most: int) -> Family:
 
     def made(width: int, height: int, _detail: str, lower: int | None) -> tuple[int, int]:
         limit = min(most, lower or most)
-        across, down = (side * factor for side in grid(width, height, limit))
-        if max(across, down) > 200 * min(across, down):
-            return width, height  # what the engine took before it would refuse now
+        units = grid(width, height, limit)
+        across, down = units[0] * factor, units[1] * factor
         if width * height > limit:  # also where one side is rounded up
-            return min(width, across), min(height, down)
-        return across, down
+            across, down = min(width, across), min(height, down)
+        # So thin that the engine would refuse it, or resize it again: then as it is.
+        stands = max(across, down) <= 200 * min(across, down) and grid(across, down, limit) == units
+        return (across, down) if stands else (width, height)
 
     def tokens(width: int, height: int, _detail: str) -> int:
         across, down = grid(width, height, most)

@@ -20,12 +20,14 @@ def sent_size(
     than `max_side` and `max_pixels` allow. The latter takes the place of the model's own limit on the area, where it
     has one: then the model, told the same limit, makes the same grid of it.
     """
+    plain = bounded(width, height, max_side, max_pixels)
     if fit is None:
-        return bounded(width, height, max_side, max_pixels)
+        return plain
     family = family_of(fit)
-    own_area = family is not None and family.has_area
-    across, down = bounded(width, height, max_side, None if own_area else max_pixels)
-    return fitted_size(fit, across, down, detail, max_pixels)
+    has_area = family is not None and family.has_area
+    within = bounded(width, height, max_side, None) if has_area else plain
+    across, down = fitted_size(fit, *within, detail, max_pixels)
+    return plain if max_pixels and across * down > max_pixels else (across, down)
 
 
 def bounded(width: int, height: int, max_side: int | None, max_pixels: int | None) -> tuple[int, int]:
