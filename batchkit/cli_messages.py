@@ -58,6 +58,8 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
 
 def _resolutions(resolutions: Any, *, input_alone: bool | None) -> str:
     """The resolutions of a plan as a table, and how far it can be trusted."""
+    from batchkit.pricing import dollars
+
     asked = resolutions[0]
     priced = any(one.usd is not None for one in resolutions)
     lines = [("images", "shrunk", "image tokens", "requests", "shards", *(["price, batch"] if priced else []))]
@@ -65,7 +67,7 @@ def _resolutions(resolutions: Any, *, input_alone: bool | None) -> str:
         tokens = f"{one.image_tokens:,}" if one.image_tokens is not None else "unknown"
         size = ("~" if one.sampled is not None else "") + _bytes(one.requests_bytes)
         shards = ("~" if one.requests_bytes != asked.requests_bytes else "") + f"{one.shards:,}"
-        price = [f"${one.usd:,.4f}" if one.usd is not None else "unknown"] if priced else []
+        price = [dollars(one.usd) if one.usd is not None else "unknown"] if priced else []
         lines.append((one.name, f"{one.shrunk:,}", tokens, size, shards, *price))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [

@@ -7,6 +7,7 @@ would be made smaller, a few, spread evenly over the run, are made so, and stand
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -75,6 +76,7 @@ class Survey:
         self._options = options
         self._model = options.fit if options.fit and family_of(options.model) is None else options.model
         self._ways = _ways(options, self._model)
+        self._look = lru_cache(maxsize=4096)(self._looks)  # sizes repeat
         self._sums = [_Sum() for _ in self._ways]
         plain = {"fit": None, "max_side": None, "max_pixels": None, "image_format": "keep"}
         self._plain = Converter(options.model_copy(update=plain), image_root=image_root, batch_format=False)
@@ -103,20 +105,25 @@ class Survey:
     def _count(self, given: Given, sent: int, *, reused: bool) -> list[bool]:
         """Add one image to each sum; return in which of them its bytes are not known."""
         whole = (given.width, given.height)
-        sizes = [_sized(*whole, way) for way in self._ways.values()]
+        looks = self._look(*whole)
         unknown = []
-        for total, size in zip(self._sums, sizes, strict=True):
+        for total, (size, tokens) in zip(self._sums, looks, strict=True):
             total.shrunk += size != whole
             if not reused and total.tokens is not None:
-                tokens = image_tokens(self._model, *size, self._options.image_detail)
                 total.tokens = total.tokens + tokens if tokens is not None else None
-            unknown.append(size != sizes[0] and not (given.kept and size == whole))
+            as_given = size == looks[0][0]
+            unknown.append(not as_given and not (given.kept and size == whole))
             if not unknown[-1]:
-                total.known += _in_base64(sent if size == sizes[0] else given.size)
+                total.known += _in_base64(sent if as_given else given.size)
             else:
                 total.open_bytes += given.size
                 total.open_share += given.size * size[0] * size[1] / (given.width * given.height)
         return unknown
+
+    def _looks(self, width: int, height: int) -> list[tuple[tuple[int, int], int | None]]:
+        """The size and the tokens of an image in each way."""
+        sizes = [_sized(width, height, way) for way in self._ways.values()]
+        return [(size, image_tokens(self._model, *size, self._options.image_detail)) for size in sizes]
 
     def _measure(self, picture: Picture, number: int, given: Given, unknown: list[bool]) -> None:
         made: list[int | None] = []
