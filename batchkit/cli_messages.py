@@ -47,6 +47,8 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
         from batchkit.pricing import describe
 
         click.echo(describe(report.estimate))
+    if plan_only and report.resolutions:
+        click.echo("\n" + _resolutions(report.resolutions, input_alone=report.tokens and report.tokens.output is None))
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
     for warning in report.warnings:
@@ -54,6 +56,33 @@ def tell_prepared(report: Any, *, plan_only: bool = False) -> None:
     if report.names_in_use:
         names = ", ".join(report.names_in_use)
         click.echo(f"warning: rows use names that results use: {names}; merge will need --prefix", err=True)
+
+
+def _resolutions(resolutions: Any, *, input_alone: bool | None) -> str:
+    """The resolutions of a plan as a table, and how far it can be trusted."""
+    from batchkit.pricing import dollars
+
+    asked = resolutions[0]
+    priced = any(one.usd is not None for one in resolutions)
+    lines = [("images", "shrunk", "image tokens", "requests", "shards", *(["price, batch"] if priced else []))]
+    for one in resolutions:
+        tokens = f"{one.image_tokens:,}" if one.image_tokens is not None else "unknown"
+        size = ("~" if one.sampled is not None else "") + _bytes(one.requests_bytes)
+        shards = ("~" if one.requests_bytes != asked.requests_bytes else "") + f"{one.shards:,}"
+        price = [dollars(one.usd) if one.usd is not None else "unknown"] if priced else []
+        lines.append((one.name, f"{one.shrunk:,}", tokens, size, shards, *price))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+        for cells in ([*zip(line, widths, strict=True)] for line in lines)
+    ]
+    if sampled := max((one.sampled or 0 for one in resolutions), default=0):
+        table.append(f"~: estimated, by making {counted(sampled, 'image')} smaller, spread over the rows")
+    elif any(one.sampled is not None for one in resolutions):
+        table.append("~: estimated by the pixels alone; the images could not be read from here")
+    if priced and input_alone:
+        table.append("prices are of the input alone: no --max-tokens")
+    return "\n".join(table)
 
 
 def tell_submitted(report: Any) -> None:

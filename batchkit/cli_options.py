@@ -122,6 +122,12 @@ prepare_options = add_options(
         help="For score and rerank: a text or a list of them. [default: documents]",
     ),
     click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
+    click.option(
+        "--fit",
+        metavar="MODEL",
+        help="Shrink images to the size that this model makes of them anyway: gpt-4o, gemini-2.5-flash, qwen2.5-vl, "
+        "SmolVLM-256M …",
+    ),
     click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
     click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Shrink images to this area."),
     click.option(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from batchkit import gemini_requests, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
-from batchkit.images import ImageOptions, Picture
+from batchkit.images import Given, ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
@@ -27,7 +27,8 @@ class Converted(NamedTuple):
 
     `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
     where a provider bills them; `fingerprint` is that of the request, where it is compared with others. `same_as` is
-    the position of an earlier row of the shard whose request this one shares: then there is none here.
+    the position of an earlier row of the shard whose request this one shares: then there is none here. `images` are
+    those of the request as they were given, with the bytes of each as it is sent: where they are `surveyed`.
     """
 
     custom_id: str
@@ -39,13 +40,15 @@ class Converted(NamedTuple):
     tokens: RequestTokens | None = None
     fingerprint: bytes | None = None
     same_as: int | None = None
+    images: tuple[tuple[Given, int], ...] = ()
 
 
 class Converter:
     """Converts rows of one input with one set of options. Picklable by its arguments: workers make their own."""
 
-    def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool) -> None:
+    def __init__(self, options: PrepareOptions, *, image_root: str, batch_format: bool, surveyed: bool = False) -> None:
         self._options = options
+        self._surveyed = surveyed
         self._limits = options.limits
         self.root = image_root
         self._folder = Path(image_root)
@@ -66,6 +69,8 @@ class Converter:
             max_pixels=options.max_pixels,
             format=options.image_format,
             quality=options.image_quality,
+            fit=options.fit,
+            detail=options.image_detail,
         )
         self._pictures = Pictures(Path(image_root), wanted)
         self._maker = RequestMaker(
@@ -119,7 +124,19 @@ class Converter:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
         request = self._maker.line(task.custom_id, content, documents)
         pixels = sum(part.pixels for part in content if isinstance(part, Picture))
-        return Converted(task.custom_id, request, pixels=pixels, names=names)
+        done = Converted(task.custom_id, request, pixels=pixels, names=names)
+        if not self._surveyed:
+            return done
+        found = (part for part in content if isinstance(part, Picture))
+        return done._replace(images=tuple((part.given, len(part.data)) for part in found if part.given is not None))
+
+    def pictures(self, row: Row) -> list[Picture]:
+        """The images of the row's request, in order; none where there is no request."""
+        try:
+            task = tasks.to_task(row, self._fields)
+            return [part for part in self._content(task, row.fetched or {}) if isinstance(part, Picture)]
+        except RowError:
+            return []
 
     def _documents(self, task: Task) -> Documents:
         if not self._options.endpoint.takes("documents_field", self._options.backend):

@@ -23,6 +23,7 @@ import pybase64
 from batchkit import headers
 from batchkit.errors import RowError
 from batchkit.references import shown
+from batchkit.sizes import bounded, sent_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +56,8 @@ PNG_END = b"IEND\xaeB`\x82"
 class ImageOptions:
     """`max_side` in pixels, `max_pixels` in pixels of area; both only shrink. `quality` is JPEG's and WebP's, 1 to 100.
 
-    `media_types` is what the target takes; anything else is re-encoded.
+    `media_types` is what the target takes; anything else is re-encoded. `fit` is a model that `grids` knows: images
+    are brought to its own size for them, asked for with `detail`, unless that takes more bytes.
     """
 
     media_types: frozenset[str]
@@ -63,6 +65,17 @@ class ImageOptions:
     max_pixels: int | None = None
     format: ImageFormat = "keep"
     quality: int = 90
+    fit: str | None = None
+    detail: str | None = None
+
+
+class Given(NamedTuple):
+    """An image before anything was changed; `kept` says that it could be sent as it is, but for its size."""
+
+    width: int
+    height: int
+    size: int
+    kept: bool
 
 
 class Picture(NamedTuple):
@@ -71,6 +84,7 @@ class Picture(NamedTuple):
     media_type: str
     data: bytes
     pixels: int
+    given: Given | None = None
 
 
 def load(reference: str | bytes, root: Path, options: ImageOptions, *, name: str = "(bytes)") -> Picture:
@@ -92,7 +106,8 @@ def convert(data: bytes, options: ImageOptions, *, name: str) -> Picture:
         raise RowError("image", f"image is empty: {name}")
     header = headers.read(data)
     if header is not None and _passes(header, options) and not is_truncated(data, header.kind):
-        return Picture(MEDIA_TYPES[header.kind], data, header.width * header.height)
+        given = Given(header.width, header.height, len(data), kept=True)
+        return Picture(MEDIA_TYPES[header.kind], data, header.width * header.height, given)
     return _opened(data, options, name)
 
 
@@ -100,10 +115,11 @@ def _passes(header: headers.Header, options: ImageOptions) -> bool:
     """Whether an image is sent as it is, if its end is there."""
     size = header.width, header.height
     return (
-        MEDIA_TYPES[header.kind] in options.media_types
+        options.fit is None  # which wants to know how the image lies
+        and MEDIA_TYPES[header.kind] in options.media_types
         and options.format in ("keep", header.kind.lower())
         and header.width * header.height <= PIXEL_LIMIT
-        and _shrunk(*size, options) == size
+        and bounded(*size, options.max_side, options.max_pixels) == size
     )
 
 
@@ -136,15 +152,21 @@ def _convert(image: Image.Image, data: bytes, options: ImageOptions, name: str) 
     if is_truncated(data, kind):
         raise RowError("image", f"image is cut off (its end is missing): {name}")
     media_type = MEDIA_TYPES.get(kind, "")
-    size = _shrunk(width, height, options)
+    size = _size(image, options)
     target = f"image/{options.format}" if options.format != "keep" else media_type
     if target not in options.media_types:
         target = "image/png"
-    if size == (width, height) and target == media_type:
-        return Picture(media_type, data, width * height)
+    given = Given(width, height, len(data), target == media_type)
+    unchanged = Picture(media_type, data, width * height, given)
+    if size == (width, height) and given.kept:
+        return unchanged
     if target == "image/gif":
         target = "image/png"  # a resized GIF would lose more to its palette
-    return _encode(image, size, target, options.quality)
+    made = _encode(image, size, target, options.quality)
+    asked = bounded(width, height, options.max_side, options.max_pixels)
+    if given.kept and asked == (width, height) and len(made.data) >= len(data):
+        return unchanged  # the model resizes it anyway: not at the price of more bytes
+    return made._replace(given=given)
 
 
 def _encode(image: Image.Image, size: tuple[int, int], media_type: str, quality: int) -> Picture:
@@ -196,16 +218,19 @@ def _stretched(image: Image.Image) -> Image.Image:
     return grey.point(lambda value: value * scale - low * scale).convert("L")
 
 
-def _shrunk(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
-    factor = 1.0
-    if options.max_side:
-        factor = min(factor, options.max_side / max(width, height))
-    if options.max_pixels:
-        factor = min(factor, (options.max_pixels / (width * height)) ** 0.5)
-    if factor >= 1.0:
-        return width, height
-    rounding = int if options.max_pixels else round
-    return max(1, int(rounding(width * factor))), max(1, int(rounding(height * factor)))
+def _size(image: Image.Image, options: ImageOptions) -> tuple[int, int]:
+    """The size to send, as the image lies in its file: models see what lies on its side upright."""
+    sideways = options.fit is not None and image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+    width, height = image.size[::-1] if sideways else image.size
+    size = sent_size(
+        width,
+        height,
+        max_side=options.max_side,
+        max_pixels=options.max_pixels,
+        fit=options.fit,
+        detail=options.detail,
+    )
+    return size[::-1] if sideways else size
 
 
 def is_truncated(data: bytes, kind: str) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from batchkit import schemas
+from batchkit import grids, schemas
 from batchkit.endpoints import NOT_OF_ALL, URLS, Endpoint, endpoint_at
 from batchkit.errors import UsageError
 from batchkit.limits import CHAT, HOSTS, OWN, Limits, limits_of, runs, who_runs
@@ -61,6 +61,7 @@ class PrepareKeywords(TypedDict, total=False):
     response_schema: dict[str, Any] | type[BaseModel] | str | Path | None
     documents_field: str | None
     extra_body: dict[str, Any]
+    fit: str | None
     max_side: int | None
     max_pixels: int | None
     image_format: Literal["keep", "jpeg", "png", "webp"]
@@ -80,13 +81,14 @@ class PrepareOptions(BaseModel):
     `image_field` None means `image` where a row has it; with named ones `on_bad_image` decides on a row that has an
     image in none of them. `id_fields` None means `id` where a row has it. `answer_field` holds the right answer: it is
     never sent, `evaluate` compares with it (None: `answer` where rows have it). `start`, `end` (exclusive) and `limit`
-    select rows by position. `max_side` in pixels, `max_pixels` in pixels of area. `max_requests` and `max_bytes` bound
-    a shard, None for the backend's limits; with `dedupe` the same request is in a shard once. `max_tokens` and
-    `temperature` None: they are not sent; left out, they are `LOCAL_DEFAULTS` for local backends. `host` is who speaks
-    OpenAI's batch API, for the backend `openai`. `reuse` are other runs: what they have answered already is taken over,
-    the first named first. `url` is the endpoint; `response_schema` a decoded JSON schema that answers must match;
-    `documents_field` None: `documents`. `placeholders` False takes `<image>` and the like in a question as text.
-    `image_root` may be remote; `allow_private_hosts` fetches http images from hosts of the own network, too.
+    select rows by position. `max_side` in pixels, `max_pixels` in pixels of area; `fit` is a model, to whose own size
+    for them images are shrunk (within the other two). `max_requests` and `max_bytes` bound a shard, None for the
+    backend's limits; with `dedupe` the same request is in a shard once. `max_tokens` and `temperature` None: they are
+    not sent; left out, they are `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the
+    backend `openai`. `reuse` are other runs: what they have answered already is taken over, the first named first.
+    `url` is the endpoint; `response_schema` a decoded JSON schema that answers must match; `documents_field` None:
+    `documents`. `placeholders` False takes `<image>` and the like in a question as text. `image_root` may be remote;
+    `allow_private_hosts` fetches http images from hosts of the own network, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,6 +118,7 @@ class PrepareOptions(BaseModel):
     response_schema: dict[str, Any] | None = None
     documents_field: str | None = None
     extra_body: dict[str, Any] = {}
+    fit: str | None = None
     max_side: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     image_format: Literal["keep", "jpeg", "png", "webp"] = "keep"
@@ -134,6 +137,13 @@ class PrepareOptions(BaseModel):
         local = isinstance(given, dict) and given.get("backend", "vllm") in OWN
         endpoint = endpoint_at(given.get("url", CHAT)) if local else None
         return {**LOCAL_DEFAULTS, **given} if endpoint is not None and endpoint.pooling is None else given
+
+    @pydantic.field_validator("fit")
+    @classmethod
+    def _has_a_grid(cls, fit: str | None) -> str | None:
+        if fit is not None and grids.family_of(fit) is None:
+            raise ValueError(f"no rule is known for {fit!r}; known are models such as {', '.join(grids.EXAMPLES)}")
+        return fit
 
     @pydantic.field_validator("url")
     @classmethod
@@ -218,6 +228,12 @@ def find_doubts(options: PrepareOptions) -> list[str]:
         )
     if thinks and options.temperature is not None and not options.model.lower().startswith("gemini"):
         doubts.append(f"{options.model} may refuse a request with a temperature; leave --temperature out")
+    asked, fitted = grids.family_of(options.model), grids.family_of(options.fit or options.model)
+    if asked is not None and asked is not fitted:
+        doubts.append(
+            f"images are shrunk to what {options.fit} makes of them, but {options.model} is asked, which makes "
+            "something else of them"
+        )
     schema = options.response_schema
     if schema is not None and options.backend == "openai" and (why := schemas.why_not_strict(schema)):
         doubts.append(

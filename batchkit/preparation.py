@@ -20,6 +20,7 @@ from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
 from batchkit.provision import with_images
+from batchkit.resolutions import Survey
 from batchkit.reuse import KnownAnswers, named, open_known
 from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
@@ -88,27 +89,38 @@ def plan(
     progress: Progress | None = None,
     **keywords: Unpack[PrepareKeywords],
 ) -> Report:
-    """What `prepare` would make, exactly: every row is converted, nothing is written."""
+    """What `prepare` would make, exactly: every row is converted, nothing is written.
+
+    And what it would make of the images in other sizes, in part estimated: `Report.resolutions` says which.
+    """
     source, options = _settle(tasks, keywords)
     tally = Tally()
     _announce(source, options, progress)
     draft: ShardDraft | None = None
     root, hands = _image_root(source, options), Hands(workers, ray)
+    survey = Survey(options, image_root=root)
     with (
         KnownAnswers(named(options.reuse), progress or Silent(), schema=options.response_schema) as known,
-        closing(_sharded(source, FILE_START, options, image_root=root, seen=IdsSeen(), hands=hands)) as sharded,
+        closing(
+            _sharded(source, FILE_START, options, image_root=root, seen=IdsSeen(), hands=hands, surveyed=True)
+        ) as sharded,
     ):
         for row, done, shard in sharded:
             if draft is None or draft.shard != shard:
                 if draft is not None:
                     tally.add(draft.sealed())
                 draft = ShardDraft(shard)
-            rejection = _rejection(source.uri, row, done)
-            draft.add(row, done, rejection, known.find(done))
+            rejection, answer = _rejection(source.uri, row, done), known.find(done)
+            draft.add(row, done, rejection, answer)
+            survey.add(row, done, reused=answer is not None)
             (progress or Silent()).update(1)
     if draft is not None:
         tally.add(draft.sealed())
-    return _judged(tally.report, source, options)
+    report = _judged(tally.report, source, options)
+    report.resolutions = survey.resolutions(
+        requests=report.requests, requests_bytes=report.requests_bytes, shards=report.shards, tokens=report.tokens
+    )
+    return report
 
 
 def _judged(report: Report, source: Source, options: PrepareOptions) -> Report:
@@ -304,11 +316,18 @@ def _announce(source: Source, options: PrepareOptions, progress: Progress | None
 
 
 def _sharded(
-    source: Source, place: Place, options: PrepareOptions, *, image_root: str, seen: IdsSeen, hands: Hands
+    source: Source,
+    place: Place,
+    options: PrepareOptions,
+    *,
+    image_root: str,
+    seen: IdsSeen,
+    hands: Hands,
+    surveyed: bool = False,
 ) -> Generator[tuple[Row, Converted, int]]:
     """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
     batch_format = options.input_format == "batch"
-    make = partial(Converter, options, image_root=image_root, batch_format=batch_format)
+    make = partial(Converter, options, image_root=image_root, batch_format=batch_format, surveyed=surveyed)
     selected = itertools.takewhile(
         lambda row: options.stop is None or row.position < options.stop,
         (row for row in source.rows(place, first=options.start) if row.position >= options.start),

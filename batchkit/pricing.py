@@ -206,13 +206,13 @@ def _count(number: int, noun: str) -> str:
 
 def _shown(usd: float | None, input_usd: float | None) -> str:
     if usd is not None:
-        return f"up to about {_dollars(usd)}"
+        return f"up to about {dollars(usd)}"
     if input_usd is not None:
-        return f"price unknown (the input alone: about {_dollars(input_usd)})"
+        return f"price unknown (the input alone: about {dollars(input_usd)})"
     return "price unknown"
 
 
-def _dollars(usd: float) -> str:
+def dollars(usd: float) -> str:
     """Small sums keep more digits: they were rounded up to a millionth, so none is shown as nothing."""
     digits = 2 if usd >= 1 else 4 if usd >= 0.01 else 6
     return f"${usd:,.{digits}f}"

@@ -8,6 +8,7 @@ import msgspec
 
 from batchkit.measures import Totals
 from batchkit.pricing import Estimate
+from batchkit.resolutions import Resolution
 from batchkit.runs import Prepared, Seal, now
 
 SHOWN_REJECTIONS = 5
@@ -21,6 +22,7 @@ class Report(msgspec.Struct, kw_only=True):
     options that were likely not meant, `notes` tell how the input is read. `tokens` and `estimate` are there where a
     provider bills them. `reused` counts the answers that were taken over, by the run that they are from; tokens and
     estimate are of the other requests. `repeated` rows have none: another row of their shard asks the same.
+    `resolutions` are of a plan whose requests have images.
     """
 
     shards: int = 0
@@ -39,6 +41,7 @@ class Report(msgspec.Struct, kw_only=True):
     estimate: Estimate | None = None
     reused: dict[str, int] = {}
     repeated: int = 0
+    resolutions: list[Resolution] = []
 
     @property
     def to_send(self) -> int:

@@ -161,7 +161,7 @@ def test_names_are_taken_literally_and_file_uris_decoded(
 def test_data_urls_are_checked_like_files(tmp_path: Path) -> None:
     data = encoded("PNG")
     url = "data:image/jpeg;base64," + base64.b64encode(data).decode()
-    assert load(url, tmp_path, ImageOptions(media_types=WEB)) == ("image/png", data, 800)
+    assert load(url, tmp_path, ImageOptions(media_types=WEB))[:3] == ("image/png", data, 800)
     with pytest.raises(RowError, match="not valid base64"):
         load("data:image/png;base64,@@@", tmp_path, ImageOptions(media_types=WEB))
 
