@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -377,8 +378,27 @@ class Run:
         if self._mirror is not None:
             self._mirror.fetch_responses(f"{shard:05d}")
         pattern = re.compile(rf"{shard:05d}\.(\d+)\.jsonl")
-        found = (self.path / "responses").glob(f"{shard:05d}.*.jsonl")
-        return sorted((int(match[1]), path) for path in found if (match := pattern.fullmatch(path.name)))
+        folder = self.path / "responses"
+        return sorted((int(match[1]), folder / name) for name in _names(folder) if (match := pattern.fullmatch(name)))
+
+    def responses_versions(self) -> dict[int, list[str]]:
+        """For each shard that has any, its response files and what differs where one is written anew or grows. Nothing
+        is fetched where the run is in a bucket."""
+        if self._mirror is not None:
+            versions = self._mirror.responses_versions()
+        else:
+            folder = self.path / "responses"
+            versions = [(name, self.version_of(folder / name) or "") for name in _names(folder)]
+        found: dict[int, list[str]] = {}
+        for name, version in sorted(versions):
+            if match := re.match(r"(\d+)\.\d+\.jsonl", name):
+                found.setdefault(int(match[1]), []).append(f"{name} {version}")
+        return found
+
+    @property
+    def counts_path(self) -> Path:
+        """What `counts` remembers."""
+        return self.path / "counts.json"
 
     def engine_path(self, session: str) -> Path:
         """The folder of one engine start: its input, output and log, and who runs it."""
@@ -407,6 +427,16 @@ def _is_begun(entry: Path) -> bool:
     if entry.name in FOLDERS:
         return entry.is_dir() and not any(entry.iterdir())
     return entry.name == "leases" or entry.name.startswith(".manifest.json.")
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder: a glob for each shard would take several times as long."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208  # names are all that is wanted
+    except FileNotFoundError:
+        return []
+    except OSError as exc:  # never to be taken for an empty folder: what is in it was paid for
+        raise StorageError(f"{storage.shown(folder)}: cannot be read: {exc.strerror or exc}") from exc
 
 
 def _pretty(value: Any) -> bytes:
