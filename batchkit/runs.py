@@ -121,7 +121,12 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LOOK_SECONDS = 10.0
+SETTLED_NS = 2_000_000_000
+"""A folder that was changed less than this ago may be changed again without its time showing it."""
+
 PREPARE_AGAIN = "prepare again with the same options: what is missing or damaged is made anew"
+
+_RESPONSES = re.compile(r"(\d{5}|[1-9]\d{5,})\.(\d+)\.jsonl")
 
 T = TypeVar("T")
 
@@ -154,6 +159,7 @@ class Run:
         self.manifest = manifest
         self._mirror = mirrors.of(path)
         self._looked = 0.0
+        self._listed: tuple[int, dict[int, list[tuple[int, Path]]]] | None = None
 
     # -- the directory -------------------------------------------------------------------------------------------
 
@@ -377,9 +383,13 @@ class Run:
         """The shard's response files with their attempt numbers, in the order of the attempts."""
         if self._mirror is not None:
             self._mirror.fetch_responses(f"{shard:05d}")
-        pattern = re.compile(rf"{shard:05d}\.(\d+)\.jsonl")
         folder = self.path / "responses"
-        return sorted((int(match[1]), folder / name) for name in _names(folder) if (match := pattern.fullmatch(name)))
+        changed = _changed(folder)
+        if time.time_ns() - changed < SETTLED_NS:
+            return _response_files(folder, f"{shard:05d}.").get(shard, [])
+        if self._listed is None or self._listed[0] != changed:
+            self._listed = changed, _response_files(folder)
+        return list(self._listed[1].get(shard, ()))
 
     def responses_versions(self) -> dict[int, list[str]]:
         """For each shard that has any, its response files and what differs where one is written anew or grows. Nothing
@@ -387,11 +397,11 @@ class Run:
         if self._mirror is not None:
             versions = self._mirror.responses_versions()
         else:
-            folder = self.path / "responses"
-            versions = [(name, self.version_of(folder / name) or "") for name in _names(folder)]
+            files = _response_files(self.path / "responses").values()
+            versions = [(path.name, self.version_of(path) or "") for some in files for _, path in some]
         found: dict[int, list[str]] = {}
         for name, version in sorted(versions):
-            if match := re.match(r"(\d+)\.\d+\.jsonl", name):
+            if match := _RESPONSES.match(name):  # in a bucket there may be parts of files
                 found.setdefault(int(match[1]), []).append(f"{name} {version}")
         return found
 
@@ -429,14 +439,27 @@ def _is_begun(entry: Path) -> bool:
     return entry.name == "leases" or entry.name.startswith(".manifest.json.")
 
 
-def _names(folder: Path) -> list[str]:
-    """What is in a folder: a glob for each shard would take several times as long."""
+def _changed(folder: Path) -> int:
+    """When a name in it was made or removed last, in ns; 0 where it is not there."""
     try:
-        return os.listdir(folder)  # noqa: PTH208  # names are all that is wanted
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _response_files(folder: Path, beginning: str = "") -> dict[int, list[tuple[int, Path]]]:
+    """For each shard its response files with their attempt numbers, in order; only those with this `beginning`."""
+    found: dict[int, list[tuple[int, Path]]] = {}
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(beginning)]  # noqa: PTH208  # names are enough
     except FileNotFoundError:
-        return []
+        return {}
     except OSError as exc:  # never to be taken for an empty folder: what is in it was paid for
         raise StorageError(f"{storage.shown(folder)}: cannot be read: {exc.strerror or exc}") from exc
+    for name in names:
+        if match := _RESPONSES.fullmatch(name):
+            found.setdefault(int(match[1]), []).append((int(match[2]), folder / name))
+    return {shard: sorted(files) for shard, files in found.items()}
 
 
 def _pretty(value: Any) -> bytes:

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -307,6 +308,26 @@ def test_a_folder_of_responses_that_cannot_be_read_is_not_an_empty_one(made: Mad
     folder.write_bytes(b"")
     with pytest.raises(StorageError, match="responses: cannot be read"):
         reporting.status(made.run)
+
+
+def test_a_new_file_of_responses_is_seen_also_in_a_folder_that_was_long_at_rest(made: MadeRun) -> None:
+    run, folder = made.run, made.run.path / "responses"
+    past = time.time_ns() - 3_600_000_000_000
+    for number in (2, 3, 4):
+        os.utime(folder, ns=(past, past + number))
+        assert [attempt for attempt, _ in run.responses_paths(0)] == list(range(1, number))
+        assert [path.name for _, path in run.responses_paths(1)] == ["00001.1.jsonl"]
+        assert run.responses_paths(2) == []
+        run.responses_path(0, number).write_bytes(b"")
+        assert [attempt for attempt, _ in run.responses_paths(0)] == list(range(1, number + 1))
+        assert run.next_attempt(0) == number + 1
+    (folder / ".00000.9.jsonl.1-a.tmp").write_bytes(b"")
+    (folder / "00000.x.jsonl").write_bytes(b"")
+    (folder / "000000.5.jsonl").write_bytes(b"")
+    (folder / "notes.txt").write_bytes(b"")
+    os.utime(folder, ns=(past, past))
+    assert [attempt for attempt, _ in run.responses_paths(0)] == [1, 2, 3, 4]
+    assert_true(run)
 
 
 # -- through the stages ------------------------------------------------------------------------------------------------

@@ -198,6 +198,7 @@ def test_responses_that_another_machine_has_replaced_are_counted_anew(bucket: Bu
 
 def test_what_still_comes_in_on_another_machine_is_counted_as_far_as_it_has_come(bucket: Bucket) -> None:
     run = prepared(bucket)
+    bucket.put("runs/one/responses/notes.txt", b"of somebody")
     ids = run.read_ids(next(iter(run.seals())))
     attempt = Attempt(number=1, backend="server", state="running", rows=[(0, 10)], started="2026-01-01T00:00:00+00:00")
     run.write_job(Job(shard=0, attempts=[attempt]))
