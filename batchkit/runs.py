@@ -275,14 +275,14 @@ class Run:
 
     def ids_path(self, shard: int) -> Path:
         """The custom_ids of a shard's rows, one a line, in the order of `rows_path`, rejected rows too."""
-        return self.path / "rows" / f"{shard:05d}.ids"
+        return self.path / f"rows/{shard:05d}.ids"
 
     def requests_path(self, shard: int) -> Path:
         """The requests of a shard, in row order, without the rejected rows."""
         return self.path / "requests" / f"{shard:05d}.jsonl"
 
     def seal_path(self, shard: int) -> Path:
-        return self.path / "requests" / f"{shard:05d}.json"
+        return self.path / f"requests/{shard:05d}.json"
 
     def write_seal(self, seal: Seal) -> None:
         with write_whole(self.seal_path(seal.shard)) as stream:
@@ -333,7 +333,7 @@ class Run:
     # -- what submit writes --------------------------------------------------------------------------------------
 
     def job_path(self, shard: int) -> Path:
-        return self.path / "jobs" / f"{shard:05d}.json"
+        return self.path / f"jobs/{shard:05d}.json"
 
     def job(self, shard: int) -> Job:
         """The shard's attempts so far: an empty job where it was never sent."""
