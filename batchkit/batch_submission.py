@@ -8,10 +8,11 @@ from typing import TypedDict
 
 import msgspec
 
-from batchkit import attempts, outcomes, targets
+from batchkit import attempts, targets
 from batchkit.attempts import Tracked
 from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.costs import Costs, refuse_too_dear
+from batchkit.counts import Counts
 from batchkit.errors import UsageError
 from batchkit.feeds import Feed
 from batchkit.handover import Cost, Pace, Settings
@@ -19,7 +20,6 @@ from batchkit.limits import OWN, who_runs
 from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
-from batchkit.responses import ANSWERS, Verdict
 from batchkit.runs import Run, Seal
 from batchkit.services import Services
 from batchkit.targets import Target
@@ -150,24 +150,21 @@ def submit_batches(
     return report
 
 
-def count(
-    run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: int, retry: frozenset[Verdict] = frozenset()
-) -> None:
+def count(run: Run, seals: Sequence[Seal], report: SubmitReport, *, attempts: int) -> None:
     """Fill in how the shards stand now."""
     run.refresh()
     report.remaining = report.unanswered = report.in_flight = 0
-    for seal in seals:
-        if not run.job_path(seal.shard).exists():
-            report.remaining += seal.requests
-            report.unanswered += len(seal.rejected)
-            continue
-        found = outcomes.load(run, seal)
-        due = len(outcomes.to_send(found, attempts=attempts, retry=retry))
-        flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.own)
-        answered = sum(outcome.verdict in ANSWERS for outcome in found.own)
-        report.in_flight += flying
-        report.remaining += due + flying
-        report.unanswered += len(found.own) - answered - due - flying
+    with Counts(run) as counts:
+        for seal in seals:
+            if not run.job_path(seal.shard).exists():
+                report.remaining += seal.requests
+                report.unanswered += len(seal.rejected)
+                continue
+            found = counts.of(seal)
+            due = found.due(attempts=attempts)
+            report.in_flight += found.flying
+            report.remaining += due + found.flying
+            report.unanswered += found.own - found.answered - due - found.flying
 
 
 # -- what the user decides -------------------------------------------------------------------------------------------

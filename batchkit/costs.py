@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchkit import outcomes
+from batchkit.counts import Counts
 from batchkit.errors import UsageError
 from batchkit.handover import Cost, Settings
 from batchkit.measures import Totals, request_tokens
@@ -70,7 +71,10 @@ def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Set
     if settings.max_cost is None:
         return
     total, left, fits = spent_on(run), settings.limit, 0
+    counts = Counts(run)
     for seal in seals:
+        if counts.is_done(seal, attempts=settings.attempts, retry=settings.retry, only=settings.only):
+            continue
         due = _due(run, seal, settings)[:left]
         if not due:
             continue

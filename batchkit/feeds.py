@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from batchkit import outcomes
+from batchkit.counts import Counts
 from batchkit.errors import BatchkitError, RunError, UsageError
 from batchkit.jobs import OVER
 from batchkit.responses import ANSWERS, Verdict
@@ -101,6 +102,10 @@ class Feed:
                 self._cleaner.clean(self.seals[shard])
             self._pass_by({shard})
 
+    def pass_by(self, shard: int) -> None:
+        """Nothing has to be done with it, as is known without holding its lease."""
+        self._pass_by({shard})
+
     def idle(self) -> None:
         """Nothing can be done with any shard so far: none of them may hold `prepare` up, done or not."""
         self._pass_by(self.seals.keys())
@@ -177,17 +182,20 @@ def refuse_deleted(
     run: Run, seals: Iterable[Seal], *, attempts: int, retry: frozenset[Verdict], only: frozenset[int] | None
 ) -> None:
     """Raise `RunError` where requests are to be sent that were deleted on purpose; `prepare` makes them again then."""
-    wanted = []
-    for seal in seals:
-        job = run.job(seal.shard)
-        if job.requests_deleted and run.bytes_of(run.requests_path(seal.shard)) is None:
-            found = outcomes.load(run, seal)
-            if outcomes.to_send(found, attempts=attempts, retry=retry, only=only):
-                wanted.append(seal.shard)
-                with run.lease(f"{seal.shard:05d}"):
-                    job = run.job(seal.shard)
-                    job.requests_deleted = False
-                    run.write_job(job)
+    deleted = [
+        seal
+        for seal in seals
+        if run.job(seal.shard).requests_deleted and run.bytes_of(run.requests_path(seal.shard)) is None
+    ]
+    if not deleted:
+        return
+    with Counts(run) as counts:
+        wanted = [seal.shard for seal in deleted if counts.look(seal, attempts=attempts, retry=retry, only=only)[1]]
+    for shard in wanted:
+        with run.lease(f"{shard:05d}"):
+            job = run.job(shard)
+            job.requests_deleted = False
+            run.write_job(job)
     if wanted:
         names = ", ".join(f"{shard:05d}" for shard in wanted[:5]) + (" …" if len(wanted) > 5 else "")
         raise RunError(

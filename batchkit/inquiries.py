@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgspec
 
@@ -10,7 +10,7 @@ from batchkit import targets
 from batchkit.attempts import seconds_since
 from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.errors import ServiceError
-from batchkit.jobs import Attempt, Elsewhere, Remote
+from batchkit.jobs import Attempt, Elsewhere, Job, Remote
 from batchkit.runs import Run, Seal
 
 
@@ -33,12 +33,12 @@ class BatchStatus(msgspec.Struct, kw_only=True):
     message: str | None = None
 
 
-def under_way(run: Run, seals: Iterable[Seal], *, ask: bool) -> list[BatchStatus]:
+def under_way(run: Run, seals: Sequence[Seal], jobs: Sequence[Job], *, ask: bool) -> list[BatchStatus]:
     """All attempts in flight. With `ask` their providers are asked; one that cannot be is said so, not raised."""
     services: dict[tuple[str, str, str], Service | str] = {}
     found = []
-    for seal in seals:
-        for attempt in run.job(seal.shard).attempts:
+    for seal, job in zip(seals, jobs, strict=True):
+        for attempt in job.attempts:
             if attempt.in_flight and attempt.remote is not None:
                 status = _known(seal, attempt, attempt.remote)
                 if ask and attempt.remote.batch_id is not None:

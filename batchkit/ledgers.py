@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchkit.errors import StorageError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 FILE = ".mirror.sqlite"
 _PATIENCE_SECONDS = 60.0
@@ -52,6 +55,8 @@ class Ledger:
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A transaction that nobody else writes beside."""
+        import sqlite3
+
         try:
             database = sqlite3.connect(self._path, timeout=_PATIENCE_SECONDS, isolation_level=None)
         except sqlite3.Error as exc:

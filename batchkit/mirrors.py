@@ -19,7 +19,6 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from batchkit import s3, storage
@@ -36,7 +35,7 @@ LOCAL = frozenset({"engine", "servers", "uploads", "downloads", "leases"})
 PULLS = 16
 """Objects that are fetched side by side."""
 
-_SMALL = re.compile(r"manifest\.json|prepared\.json|cancelled|requests/[^/]+\.json|jobs/[^/]+\.json")
+_SMALL = re.compile(r"manifest\.json|prepared\.json|counts\.json|cancelled|requests/[^/]+\.json|jobs/[^/]+\.json")
 _mirrors: dict[tuple[int, Path], Mirror] = {}
 
 
@@ -156,6 +155,20 @@ class Mirror:
         """The ETag of a file in the bucket; None where it is not there."""
         return _etag(self._listing.get(self._name(path)))
 
+    def responses_versions(self) -> list[tuple[str, str]]:
+        """The names of all response files with their ETags, of those too that are not here; and with size and time of
+        what is here, where that is not as it is there: it grows, or was not put yet."""
+        ledger = self._ledger.all()
+        listed = {found.name: found for found in self._listing.all() if found.name.startswith("responses/")}
+        versions = [(name.removeprefix("responses/"), found.etag) for name, found in listed.items()]
+        for path in (self.root / "responses").glob("[0-9]*.jsonl"):
+            name, size = self._name(path), path.stat()
+            there = listed.get(name)
+            same = there is not None and (ledger.get(name), size.st_size) == (there.etag, there.bytes)
+            if not same or self._growth.has(name):
+                versions.append((path.name, f"{size.st_size}-{size.st_mtime_ns}"))
+        return versions
+
     def look_again(self, path: Path) -> None:
         """Have the file here as it is now: others may have written it since the run was opened."""
         name = self._name(path)
@@ -174,6 +187,8 @@ class Mirror:
                     small.append(name)
             elif known.get(name, etag) != etag:
                 self._drop(name, known[name])  # it is fetched when it is read
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(min(PULLS, len(small) or 1)) as pool:
             for _ in pool.map(self._pull, small):
                 pass

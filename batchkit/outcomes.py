@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import xxhash
@@ -49,6 +49,27 @@ class Outcome(msgspec.Struct, kw_only=True, gc=False):
     def is_paid_here(self) -> bool:
         """Whether `response` is that of a request which this run has sent for this very row."""
         return self.reused_from is None and self.same_as is None
+
+    @property
+    def passing(self) -> bool:
+        """Whether it is a failure that the same request may be spared the next time."""
+        return self.response is not None and self.response.passing
+
+
+class Standing(Protocol):
+    """What decides whether a row is sent again: of an `Outcome`, or of rows that were counted."""
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+    @property
+    def tries(self) -> int: ...
+
+    @property
+    def passing(self) -> bool: ...
+
+    @property
+    def in_flight(self) -> bool: ...
 
 
 class ShardOutcomes(msgspec.Struct, kw_only=True):
@@ -173,7 +194,7 @@ def to_send(
         for position, outcome in enumerate(outcomes.outcomes, outcomes.seal.start)
         if outcome.same_as is None
         and (only is None or position in only)
-        and (_is_due(outcome, attempts, retry) or (matches is not None and _is_invalid(outcome, matches)))
+        and (is_due(outcome, attempts, retry) or (matches is not None and _is_invalid(outcome, matches)))
     ]
 
 
@@ -194,22 +215,23 @@ def to_retry(outcomes: ShardOutcomes, positions: Iterable[int], *, attempts: int
     return [
         position
         for position, outcome in known
-        if outcome.verdict in (Verdict.FAILED, Verdict.EXPIRED) and _is_due(outcome, attempts, frozenset())
+        if outcome.verdict in (Verdict.FAILED, Verdict.EXPIRED) and is_due(outcome, attempts, frozenset())
     ]
 
 
-def _is_due(outcome: Outcome, attempts: int, retry: frozenset[Verdict]) -> bool:
-    verdict = outcome.verdict
-    if verdict is Verdict.REJECTED or outcome.in_flight:
+def is_due(row: Standing, attempts: int, retry: frozenset[Verdict]) -> bool:
+    """Whether `submit` has to send it, as far as its verdict says."""
+    verdict = row.verdict
+    if verdict is Verdict.REJECTED or row.in_flight:
         return False
     if verdict is Verdict.PENDING or verdict in retry:
         return True
     if verdict is Verdict.MISSING:
-        return outcome.tries < attempts
+        return row.tries < attempts
     if verdict is Verdict.EXPIRED:
-        return outcome.tries < attempts
+        return row.tries < attempts
     if verdict is Verdict.FAILED:
-        return outcome.response is not None and outcome.response.passing and outcome.tries < attempts
+        return row.passing and row.tries < attempts
     return False
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from batchkit import outcomes, parcels
+from batchkit.counts import Counts
 from batchkit.errors import RunBusyError
 from batchkit.feeds import Feed
 from batchkit.handover import Settings
@@ -38,6 +39,7 @@ class Queue:
         # Shards that the provider refused the last time go last: they must not hold up the others.
         self._feed = feed
         self._closed = deque(sorted(feed.chosen, key=lambda seal: _was_refused(run, seal)))
+        self._counts = Counts(run)
         self._limits = limits
         self._settings = settings
         self._leases = leases
@@ -92,10 +94,13 @@ class Queue:
         return parcel
 
     def _open(self, seal: Seal) -> None:
+        wanted = self._settings
+        if self._counts.is_done(seal, attempts=wanted.attempts, retry=wanted.retry, only=wanted.only):
+            self._feed.pass_by(seal.shard)
+            return
         if not self.hold(seal):
             return
         found = outcomes.load(self._run, seal)
-        wanted = self._settings
         due = outcomes.to_send(found, attempts=wanted.attempts, retry=wanted.retry, only=wanted.only)
         handled = self._handled.get(seal.shard, set())
         self._parcels.extend(parcels.cut(self._run, seal, [row for row in due if row not in handled], self._limits))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from batchkit import elsewhere, inquiries, outcomes
+from batchkit import elsewhere, inquiries
+from batchkit.counts import Counts
 from batchkit.errors import StorageError
 from batchkit.inquiries import BatchStatus
-from batchkit.jobs import OVER
+from batchkit.jobs import OVER, Job
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Run
+from batchkit.runs import Run, Seal
 
 
 class ShardStatus(msgspec.Struct, kw_only=True):
@@ -53,14 +54,16 @@ class Status(msgspec.Struct, kw_only=True):
 
 
 def status(run: Run | str | Path, *, ask: bool = True) -> Status:
-    """Read the whole run and count; nothing is changed, but what machines elsewhere have answered is collected. With
-    `ask` the providers of batches that are under way are asked how these stand. Raises `RunError` where the run is
-    damaged."""
+    """Say how the rows stand; what was counted before and has not changed is not read again. Nothing is changed but the
+    counts, and what machines elsewhere have answered is collected. With `ask` the providers of batches that are under
+    way are asked how these stand. Raises `RunError` where the run is damaged."""
     opened = run if isinstance(run, Run) else Run.open(run)
     seals = list(opened.seals())
     with contextlib.suppress(StorageError):  # a run may be read where it cannot be written
         elsewhere.gather(opened, {seal.shard: seal for seal in seals})
-    shards = [_shard(opened, outcomes.load(opened, seal)) for seal in seals]
+    with Counts(opened) as counts:
+        jobs = [opened.job(seal.shard) for seal in seals]
+        shards = [_shard(counts, seal, job) for seal, job in zip(seals, jobs, strict=True)]
     totals: Counter[str] = Counter()
     for shard in shards:
         totals.update(shard.verdicts)
@@ -74,29 +77,28 @@ def status(run: Run | str | Path, *, ask: bool = True) -> Status:
         answers=sum(totals[verdict] for verdict in ANSWERS),
         verdicts={verdict.value: totals[verdict] for verdict in Verdict},
         shards=shards,
-        batches=inquiries.under_way(opened, seals, ask=ask),
+        batches=inquiries.under_way(opened, seals, jobs, ask=ask),
         reused=sum(shard.reused for shard in shards),
     )
 
 
-def _shard(run: Run, joined: outcomes.ShardOutcomes) -> ShardStatus:
-    seal = joined.seal
-    attempts = run.job(seal.shard).attempts
-    counts = Counter(outcome.verdict.value for outcome in joined.outcomes)
+def _shard(counts: Counts, seal: Seal, job: Job) -> ShardStatus:
+    attempts, tally = job.attempts, counts.of(seal, job)
+    verdicts = tally.verdicts()
     if any(attempt.state not in OVER for attempt in attempts):
         state = "running"
-    elif not attempts or (counts[Verdict.PENDING] and all(attempt.reused_from for attempt in attempts)):
+    elif not attempts or (verdicts.get(Verdict.PENDING) and all(attempt.reused_from for attempt in attempts)):
         state = "sealed"
     else:
-        state = "open" if counts[Verdict.PENDING] or counts[Verdict.MISSING] else "done"
+        state = "open" if verdicts.get(Verdict.PENDING) or verdicts.get(Verdict.MISSING) else "done"
     return ShardStatus(
         shard=seal.shard,
         rows=seal.end - seal.start,
         requests=seal.requests,
         attempts=len(attempts),
         state=state,
-        verdicts=dict(counts),
-        reused=sum(outcome.reused_from is not None for outcome in joined.outcomes),
+        verdicts=verdicts,
+        reused=tally.reused,
     )
 
 

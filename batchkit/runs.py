@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -145,7 +146,12 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LOOK_SECONDS = 10.0
+SETTLED_NS = 2_000_000_000
+"""A folder that was changed less than this ago may be changed again without its time showing it."""
+
 PREPARE_AGAIN = "prepare again with the same options: what is missing or damaged is made anew"
+
+_RESPONSES = re.compile(r"(\d{5}|[1-9]\d{5,})\.(\d+)\.jsonl")
 
 T = TypeVar("T")
 
@@ -178,6 +184,7 @@ class Run:
         self.manifest = manifest
         self._mirror = mirrors.of(path)
         self._looked = 0.0
+        self._listed: tuple[int, dict[int, list[tuple[int, Path]]]] | None = None
 
     # -- the directory -------------------------------------------------------------------------------------------
 
@@ -293,14 +300,14 @@ class Run:
 
     def ids_path(self, shard: int) -> Path:
         """The custom_ids of a shard's rows, one a line, in the order of `rows_path`, rejected rows too."""
-        return self.path / "rows" / f"{shard:05d}.ids"
+        return self.path / f"rows/{shard:05d}.ids"
 
     def requests_path(self, shard: int) -> Path:
         """The requests of a shard, in row order, without the rejected rows."""
         return self.path / "requests" / f"{shard:05d}.jsonl"
 
     def seal_path(self, shard: int) -> Path:
-        return self.path / "requests" / f"{shard:05d}.json"
+        return self.path / f"requests/{shard:05d}.json"
 
     def write_seal(self, seal: Seal) -> None:
         with write_whole(self.seal_path(seal.shard)) as stream:
@@ -351,7 +358,7 @@ class Run:
     # -- what submit writes --------------------------------------------------------------------------------------
 
     def job_path(self, shard: int) -> Path:
-        return self.path / "jobs" / f"{shard:05d}.json"
+        return self.path / f"jobs/{shard:05d}.json"
 
     def job(self, shard: int) -> Job:
         """The shard's attempts so far: an empty job where it was never sent."""
@@ -401,9 +408,32 @@ class Run:
         """The shard's response files with their attempt numbers, in the order of the attempts."""
         if self._mirror is not None:
             self._mirror.fetch_responses(f"{shard:05d}")
-        pattern = re.compile(rf"{shard:05d}\.(\d+)\.jsonl")
-        found = (self.path / "responses").glob(f"{shard:05d}.*.jsonl")
-        return sorted((int(match[1]), path) for path in found if (match := pattern.fullmatch(path.name)))
+        folder = self.path / "responses"
+        changed = _changed(folder)
+        if time.time_ns() - changed < SETTLED_NS:
+            return _response_files(folder, f"{shard:05d}.").get(shard, [])
+        if self._listed is None or self._listed[0] != changed:
+            self._listed = changed, _response_files(folder)
+        return list(self._listed[1].get(shard, ()))
+
+    def responses_versions(self) -> dict[int, list[str]]:
+        """For each shard that has any, its response files and what differs where one is written anew or grows. Nothing
+        is fetched where the run is in a bucket."""
+        if self._mirror is not None:
+            versions = self._mirror.responses_versions()
+        else:
+            files = _response_files(self.path / "responses").values()
+            versions = [(path.name, self.version_of(path) or "") for some in files for _, path in some]
+        found: dict[int, list[str]] = {}
+        for name, version in sorted(versions):
+            if match := _RESPONSES.match(name):  # in a bucket there may be parts of files
+                found.setdefault(int(match[1]), []).append(f"{name} {version}")
+        return found
+
+    @property
+    def counts_path(self) -> Path:
+        """What `counts` remembers."""
+        return self.path / "counts.json"
 
     def engine_path(self, session: str) -> Path:
         """The folder of one engine start: its input, output and log, and who runs it."""
@@ -432,6 +462,29 @@ def _is_begun(entry: Path) -> bool:
     if entry.name in FOLDERS:
         return entry.is_dir() and not any(entry.iterdir())
     return entry.name == "leases" or entry.name.startswith(".manifest.json.")
+
+
+def _changed(folder: Path) -> int:
+    """When a name in it was made or removed last, in ns; 0 where it is not there."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _response_files(folder: Path, beginning: str = "") -> dict[int, list[tuple[int, Path]]]:
+    """For each shard its response files with their attempt numbers, in order; only those with this `beginning`."""
+    found: dict[int, list[tuple[int, Path]]] = {}
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(beginning)]  # noqa: PTH208  # names are enough
+    except FileNotFoundError:
+        return {}
+    except OSError as exc:  # never to be taken for an empty folder: what is in it was paid for
+        raise StorageError(f"{storage.shown(folder)}: cannot be read: {exc.strerror or exc}") from exc
+    for name in names:
+        if match := _RESPONSES.fullmatch(name):
+            found.setdefault(int(match[1]), []).append((int(match[2]), folder / name))
+    return {shard: sorted(files) for shard, files in found.items()}
 
 
 def _pretty(value: Any) -> bytes:

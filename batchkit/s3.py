@@ -11,7 +11,6 @@ import datetime as dt
 import os
 import threading
 from collections.abc import Iterator
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +162,8 @@ def _found(key: str, answer: Any) -> Found:
     modified, headers = answer.get("LastModified"), answer["ResponseMetadata"]["HTTPHeaders"]
     age = None
     if isinstance(modified, dt.datetime):
+        from email.utils import parsedate_to_datetime
+
         here = parsedate_to_datetime(headers["date"]) if "date" in headers else dt.datetime.now(dt.UTC)
         age = max(0.0, (here - modified).total_seconds())
     return Found(key, answer["ETag"], answer["ContentLength"], age)

@@ -10,17 +10,20 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from batchkit import twins
-from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError
 from batchkit.measures import Totals
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read, remove, shown, write_whole
 from batchkit.takeovers import Answer, Taken, standing, take_over
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, whole
+
+if TYPE_CHECKING:  # it brings pydantic, and whoever reads requests converts nothing
+    from batchkit.conversion import Converted
 
 
 class ShardDraft:
@@ -258,6 +261,8 @@ class IdsSeen:
             raise _no_room(exc) from exc
         if cursor.rowcount:
             return done
+        from batchkit.conversion import Converted
+
         (line,) = self._ids.execute("SELECT line FROM ids WHERE id = ?", (done.custom_id,)).fetchone()
         where = f"line {line}" if line is not None else "an earlier line"
         message = f"custom_id {done.custom_id!r} is that of {where} already"

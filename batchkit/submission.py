@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Unpack
 
-from batchkit import elsewhere, sessions
+from batchkit import counts, elsewhere, sessions
 from batchkit.backends import vllm, vllm_ray
 from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.engines import Engines
@@ -161,6 +161,7 @@ def _run_engines(run: Run, feed: Feed, runner: vllm.Runner, progress: Progress, 
         engines.go(Pool(engines.take_fresh, attempts=settings.attempts, proven=scan.answered))
         if work.busy is not None and not report.sent:
             raise work.busy
+    counts.count(run, feed.chosen)  # so that the next command need not
     return report
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
 import msgspec
 
 from batchkit import outcomes
 from batchkit.backends.vllm import End
+from batchkit.counts import Counts, Tally
 from batchkit.errors import RunBusyError, StorageError
-from batchkit.responses import ANSWERS, Verdict
+from batchkit.responses import Verdict
 from batchkit.rounds import Key, Room, Speed, Weight, fitting
 from batchkit.runs import Run, Seal
 from batchkit.storage import write_whole
@@ -78,23 +79,29 @@ class Scan:
         self.answered = False
         self.shards: list[Seal] = []
         size = pixels = requests = 0
-        for seal in seals:
-            due = seal.requests
+        for seal, found, due in self._look(run, seals, attempts, retry, only):
             self.unanswered += len(seal.rejected)
-            if only is not None or run.job_path(seal.shard).exists():
-                found = outcomes.load(run, seal)
-                due = len(outcomes.to_send(found, attempts=attempts, retry=retry, only=only))
-                answered = sum(outcome.verdict in ANSWERS for outcome in found.own)
-                flying = sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.own)
-                reused = sum(outcome.reused_from is not None for outcome in found.own)
-                self.answered = self.answered or answered > reused
-                self.in_flight += flying
-                self.unanswered += max(0, seal.requests - answered - due - flying)
+            if found is not None:
+                self.answered = self.answered or found.answered > found.reused
+                self.in_flight += found.flying
+                self.unanswered += max(0, seal.requests - found.answered - due - found.flying)
             if due:
                 self.due += due
                 self.shards.append(seal)
                 size, pixels, requests = size + seal.requests_bytes, pixels + seal.pixels, requests + seal.requests
         self.weight = Weight(size / max(requests, 1), pixels / max(requests, 1))
+
+    @staticmethod
+    def _look(
+        run: Run, seals: Sequence[Seal], attempts: int, retry: frozenset[Verdict], only: frozenset[int] | None
+    ) -> Iterator[tuple[Seal, Tally | None, int]]:
+        """Each shard with its counts, None where it was never sent, and how many of its requests are due."""
+        with Counts(run) as counts:
+            for seal in seals:
+                if only is None and not run.job_path(seal.shard).exists():
+                    yield seal, None, seal.requests
+                else:
+                    yield seal, *counts.look(seal, attempts=attempts, retry=retry, only=only)
 
 
 class Work:

@@ -158,6 +158,22 @@ def test_rows_that_share_a_request_are_answered_from_elsewhere_by_one(
     assert call("presign", run.name).stderr.startswith("nothing is due")
 
 
+def test_what_machines_elsewhere_put_is_counted_as_it_comes(bucket: Bucket, machine: Machine, tmp_path: Path) -> None:
+    run = prepared(bucket)
+    script = presign(run, tmp_path)
+    for shard, answered in ((2, 10), (0, 20)):
+        assert machine.run(script, shard).returncode == 0
+        for _ in range(2):
+            assert verdicts(run) == {"answered": answered, "pending": 30 - answered}
+    assert machine.run(script, 0, half=0.5).returncode == 0  # once more, and cut off
+    assert verdicts(run) == {"answered": 20, "pending": 10}
+    expire(run, 1)
+    for _ in range(2):
+        status = reporting.status(run.name)
+        assert (status.answers, status.verdicts["pending"]) == (20, 10)
+        assert [shard.state for shard in status.shards] == ["done", "open", "done"]
+
+
 def test_one_shard_of_the_script_is_run_for_a_slurm_array(bucket: Bucket, machine: Machine, tmp_path: Path) -> None:
     run = prepared(bucket)
     script = presign(run, tmp_path)

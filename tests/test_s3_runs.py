@@ -167,6 +167,65 @@ def test_a_run_in_a_bucket_is_reused_from_another_machine(bucket: Bucket, server
     assert (report.requests, report.to_send) == (ROWS, 0)
 
 
+def test_status_on_another_machine_fetches_no_responses_that_were_counted(bucket: Bucket, server: Server) -> None:
+    first = prepared(bucket)
+    send(first, server, shards="1/2")  # the first and the third shard
+    bucket.on("second")
+    here = Run.open(bucket.uri("runs/one"))
+    status = reporting.status(here)
+    assert (status.answers, status.verdicts["pending"]) == (20, 10)
+    assert not list((here.path / "responses").iterdir())
+    assert not list((here.path / "rows").iterdir())
+    assert send(here, server).sent == 10
+    assert [path.name for path in (here.path / "responses").iterdir()] == ["00001.1.jsonl"]
+    bucket.on("first")
+    assert reporting.status(bucket.uri("runs/one")).answers == ROWS
+    assert send(bucket.uri("runs/one"), server).sent == 0
+    assert len(list((first.path / "responses").iterdir())) == 2
+
+
+def test_responses_that_another_machine_has_replaced_are_counted_anew(bucket: Bucket, server: Server) -> None:
+    send(prepared(bucket), server)
+    assert reporting.status(bucket.uri("runs/one")).answers == ROWS
+    lines = bucket.get("runs/one/responses/00001.1.jsonl").splitlines(keepends=True)
+    bucket.put("runs/one/responses/00001.1.jsonl", b"".join(lines[1:]))
+    for machine in ("first", "second"):
+        bucket.on(machine)
+        for _ in range(2):
+            status = reporting.status(bucket.uri("runs/one"))
+            assert (status.answers, status.verdicts["missing"]) == (ROWS - 1, 1)
+
+
+def test_what_still_comes_in_on_another_machine_is_counted_as_far_as_it_has_come(bucket: Bucket) -> None:
+    run = prepared(bucket)
+    bucket.put("runs/one/responses/notes.txt", b"of somebody")
+    ids = run.read_ids(next(iter(run.seals())))
+    attempt = Attempt(number=1, backend="server", state="running", rows=[(0, 10)], started="2026-01-01T00:00:00+00:00")
+    run.write_job(Job(shard=0, attempts=[attempt]))
+    bucket.on("second")
+    for number in (1, 2, 3):
+        part = f"runs/one/responses/00000.1.jsonl.part-{number:05d}"
+        bucket.put(part, response_line(ids[number], "there") + b"\n")
+        for _ in range(3):
+            assert reporting.status(bucket.uri("runs/one")).verdicts["answered"] == number
+
+
+def test_a_run_that_may_only_be_read_is_counted_all_the_same(
+    bucket: Bucket, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(prepared(bucket), server)
+    s3.delete(bucket.uri("runs/one/counts.json"))
+    bucket.on("second")
+
+    def refuse(uri: str, *_: Any, **__: Any) -> str:
+        raise StorageError(f"{uri}: AccessDenied")
+
+    monkeypatch.setattr(s3, "put_file", refuse)
+    for _ in range(2):
+        assert reporting.status(bucket.uri("runs/one")).answers == ROWS
+    assert "runs/one/counts.json" not in bucket.names("runs/one/")
+
+
 def test_evaluate_on_another_machine_takes_the_results_as_they_were_merged(bucket: Bucket, server: Server) -> None:
     run = prepared(bucket)
     send(run, server)

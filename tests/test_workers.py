@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -61,8 +62,9 @@ def test_a_worker_that_is_killed_ends_prepare_which_then_goes_on(write_tasks: Wr
 
     def kill(_: object) -> None:
         for child in psutil.Process().children(recursive=True):
-            if "resource_tracker" not in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGKILL)
+            with suppress(psutil.Error):  # some are gone already
+                if "resource_tracker" not in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
 
     with pytest.raises(BatchkitError, match="a worker of prepare was killed"):
         prepare(tasks, tmp_path / "run", model="m", workers=2, max_requests=500, sealed=kill)
