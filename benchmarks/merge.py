@@ -175,7 +175,7 @@ def main() -> None:
     report = Report(
         "merge",
         "Merge",
-        f"{rows:,} rows with as many shuffled responses, medians of {rounds} rounds in turns. Every result was checked. "
+        f"{rows:,} rows with as many shuffled responses, medians of {rounds} rounds in turns, all results checked. "
         f"A merge of one row takes {starts[RUN]:.2f} s, which is taken off only where it says so.",
         quick=given.quick,
     )

@@ -14,28 +14,28 @@ SMALL, LARGE = (640, 480), (3000, 2000)
 DRAWN = 2000
 
 
-def make_small(folder: Path, count: int) -> list[str]:
-    """`count` different JPEGs of about 80 KB: a gradient with noise. Returns their names.
+def make_small(folder: Path, count: int, *, drawn: int = DRAWN, size: tuple[int, int] = SMALL) -> list[str]:
+    """`count` different JPEGs, by default of about 80 KB: a gradient with noise. Returns their names.
 
-    From `DRAWN` on they are earlier ones with a comment of their own: other files of other bytes, made quickly.
+    From `drawn` on they are earlier ones with a comment of their own: other files of other bytes, made quickly.
     """
     folder.mkdir()
     chance = np.random.default_rng(0)
-    width, height = SMALL
+    width, height = size
     noise = chance.normal(0, 16, (height * 2, width * 2, 3)).astype(np.int16)
     across, down = np.linspace(0, 1, width)[None, :, None], np.linspace(0, 1, height)[:, None, None]
     names = [f"{number:05}.jpg" for number in range(count)]
-    for name in names[:DRAWN]:
+    for name in names[:drawn]:
         corners = chance.integers(0, 255, (3, 3))
         gradient = corners[0] + (corners[1] - corners[0]) * across + (corners[2] - corners[0]) * down * 0.5
         top, left = chance.integers(0, (height, width))
         picture = gradient.astype(np.int16) + noise[top : top + height, left : left + width]
         Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(folder / name, quality=80)
-    for number in range(DRAWN, count):
-        drawn = (folder / names[number % DRAWN]).read_bytes()
+    for number in range(drawn, count):
+        before = (folder / names[number % drawn]).read_bytes()
         text = b"%06d" % number
         comment = b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text  # ITU-T T.81 B.2.4.5
-        (folder / names[number]).write_bytes(drawn[:2] + comment + drawn[2:])
+        (folder / names[number]).write_bytes(before[:2] + comment + before[2:])
     return names
 
 
