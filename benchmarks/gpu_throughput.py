@@ -82,17 +82,24 @@ def usage(paths: Sequence[Path], requests: int) -> Usage:
     return Usage(prompt, output)
 
 
+def rate_of(trial: Trial, few: int, many: int) -> float | None:
+    """Requests/s without start-up; None where the starts differed by so much that they hide the work."""
+    seconds = trial.many.seconds - trial.few.seconds
+    return (many - few) / seconds if seconds > 0 else None
+
+
 def table(trials: dict[str, Trial], few: int, many: int) -> Table:
-    rates = {name: (many - few) / (one.many.seconds - one.few.seconds) for name, one in trials.items()}
-    rows = [
-        [
-            name, f"{one.few.seconds:.1f}", f"{one.many.seconds:.1f}", f"{rates[name]:.1f}",
-            f"{rates[name] * one.usage.prompt / many:,.0f}", f"{rates[name] * one.usage.output / many:,.0f}",
-            f"{rates[name] / next(iter(rates.values())):.2f}",
-            f"{one.many.first or one.many.seconds:.1f}",
-        ]
-        for name, one in trials.items()
-    ]  # fmt: skip
+    """The first of the ways is what the others are compared with."""
+    base = rate_of(next(iter(trials.values())), few, many)
+    rows = []
+    for name, one in trials.items():
+        rate = rate_of(one, few, many)
+        cells = ["too few requests"] * 4
+        if rate is not None:
+            cells = [f"{rate:.1f}", *(f"{rate * tokens / many:,.0f}" for tokens in one.usage)]
+            cells.append(f"{rate / base:.2f}" if base is not None else "")
+        first = one.many.first or one.many.seconds
+        rows.append([name, f"{one.few.seconds:.1f}", f"{one.many.seconds:.1f}", *cells, f"{first:.1f}"])
     columns = [
         "", f"seconds for {few:,}", f"seconds for {many:,}", "requests/s", "prompt tokens/s", "output tokens/s",
         f"speed, {next(iter(trials))} = 1", "first answer on the disk after",
