@@ -28,9 +28,9 @@ lint: venv  ## ruff and strict types
 format: venv  ## put the code in ruff's format
 	@$(BIN)/ruff format .
 
-bench: venv  ## memory at several sizes, and the live client beside the OpenAI SDK's
-	@$(BIN)/python benchmarks/flat_memory.py
-	@$(BIN)/python benchmarks/live_client.py
+bench:  ## batchkit beside its rivals, into benchmarks/results (an hour)
+	@$(PYTHON) tools/bootstrap.py --bench
+	@$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 train:  ## make the example's pictures, tasks and model anew
 	@$(PYTHON) tools/bootstrap.py --train

@@ -10,8 +10,6 @@ second and peak memory (the largest process, and the sum of all of them).
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import csv
 import itertools
 import json
@@ -19,16 +17,14 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from harness import Measured, measure, parser, say, workplace
 from PIL import Image
+from report import Report, Table
 
 from batchkit.jobs import Attempt, Job
 from batchkit.runs import Run, now
@@ -37,26 +33,30 @@ PICTURES = 500
 COMMAND = [sys.executable, "-m", "batchkit"]
 
 
-class Measured(NamedTuple):
-    seconds: float
-    largest_mb: float
-    sum_mb: float
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="10000,200000", help="sizes, separated by commas")
-    parser.add_argument("--folder", help="where to work [default: a temporary folder]")
-    arguments = parser.parse_args()
-    print(f"{'rows':>9}  {'stage':8} {'seconds':>8} {'rows/s':>9} {'largest MB':>11} {'sum MB':>7}")
-    for rows in map(int, arguments.rows.split(",")):
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            for stage, measured in one_size(Path(folder), rows):
-                print(
-                    f"{rows:9,}  {stage:8} {measured.seconds:8.1f} {rows / measured.seconds:9,.0f} "
-                    f"{measured.largest_mb:11.0f} {measured.sum_mb:7.0f}",
-                    flush=True,
-                )
+    arguments = parser(__doc__, rounds=1)
+    arguments.add_argument("--rows", help="sizes, separated by commas [default: 10000,200000]")
+    given = arguments.parse_args()
+    sizes = given.rows or ("1000,5000" if given.quick else "10000,200000")
+    rows, raw = [], {}
+    for size in map(int, sizes.split(",")):
+        with workplace(given.folder) as folder:
+            say(f"flat memory: {size:,} rows")
+            for stage, measured in one_size(folder, size):
+                rows.append([f"{size:,}", stage, f"{measured.seconds:.1f}", f"{size / measured.seconds:,.0f}"])
+                rows[-1] += [f"{measured.largest_mb or 0:.0f}", f"{measured.sum_mb or 0:.0f}"]
+                raw[f"{size} {stage}"] = measured._asdict()
+    columns = ["rows", "stage", "seconds", "rows/s", "largest MB", "sum MB"]
+    report = Report(
+        "flat_memory",
+        "Memory at several sizes",
+        "Rows with small pictures, prepared from several formats and merged in several ways, once each, all results "
+        "checked. Memory was looked at 50 times a second, which costs some of the speed.",
+        quick=given.quick,
+        tables=[Table("", columns, rows)],
+        raw=raw,
+    )
+    report.finish(given.json)
 
 
 def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:
@@ -226,24 +226,6 @@ def check_file(path: Path, rows: int) -> None:
             assert result["id"] == f"row-{number}"
             assert result["raw_response"] == f"answer {number}"
     assert number + 1 == rows
-
-
-def measure(command: list[str]) -> Measured:
-    """Run a command; its peak memory is read from the process tree 50 times a second."""
-    started = time.monotonic()
-    largest = total = 0
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            with contextlib.suppress(psutil.Error):  # one of them has just ended
-                sizes = [one.memory_info().rss for one in [watched, *watched.children(recursive=True)]]
-                largest, total = max(largest, *sizes), max(total, sum(sizes))
-            time.sleep(0.02)
-        seconds = time.monotonic() - started
-        assert process.stderr is not None
-        said = process.stderr.read()
-    assert process.returncode == 0, said
-    return Measured(seconds, largest / 1e6, total / 1e6)
 
 
 if __name__ == "__main__":

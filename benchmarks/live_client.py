@@ -13,13 +13,13 @@ import argparse
 import asyncio
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
+
+from harness import BATCHKIT, Measured, measure, parser, say, workplace
+from report import Report, Table
 
 from batchkit.runs import Run
 
@@ -29,6 +29,7 @@ ANSWER = json.dumps({
     "usage": {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11},
 }).encode()  # fmt: skip
 CONCURRENCY = 32
+SDK, OURS = "OpenAI SDK, async", "batchkit submit"
 
 
 class Stub(asyncio.Protocol):
@@ -101,66 +102,69 @@ def prepare(folder: Path, count: int) -> Run:
     return Run.open(folder / "run")
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of a process."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--sdk", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--requests", type=int, help="[default: 20000]")
+    options.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    options.add_argument("--sdk", nargs=3, help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.serve:
         asyncio.run(serve(arguments.serve))
     elif arguments.sdk:
         run, url, output = arguments.sdk
         asyncio.run(ask_with_the_sdk(Path(run), url, Path(output)))
     else:
-        compare(arguments.requests, arguments.rounds)
+        count = arguments.requests or (300 if arguments.quick else 20_000)
+        rounds = min(arguments.rounds, 1) if arguments.quick else arguments.rounds
+        with workplace(arguments.folder) as folder:
+            found, size = compare(folder, count, rounds)
+        report_of(found, count, size, quick=arguments.quick).finish(arguments.json)
 
 
-def compare(count: int, rounds: int) -> None:
+def compare(folder: Path, count: int, rounds: int) -> tuple[dict[str, list[Measured]], float]:
+    """What each client took in each round, and the bytes of a request."""
     port = 20_000 + os.getpid() % 20_000
     url = f"http://127.0.0.1:{port}/v1"
     me = [sys.executable, __file__]
     server = subprocess.Popen([*me, "--serve", str(port)])
-    found: dict[str, list[tuple[float, float]]] = {"OpenAI SDK, async": [], "batchkit": []}
+    found: dict[str, list[Measured]] = {SDK: [], OURS: []}
     try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            run = prepare(folder, count)
-            size = sum(seal.requests_bytes for seal in run.seals()) / count
-            for _ in range(rounds):
-                output = folder / "sdk.jsonl"
-                found["OpenAI SDK, async"].append(timed([*me, "--sdk", str(run.path), url, str(output)]))
-                assert len(output.read_bytes().splitlines()) == count
-                for path in [*(run.path / "jobs").iterdir(), *(run.path / "responses").iterdir()]:
-                    path.unlink()
-                command = [sys.executable, "-m", "batchkit", "submit", str(run.path), "--endpoints", url]
-                found["batchkit"].append(timed([*command, "--concurrency", str(CONCURRENCY)]))
-                responses = [path.read_bytes().splitlines() for path in (run.path / "responses").iterdir()]
-                assert sum(map(len, responses)) == count
+        run = prepare(folder, count)
+        size = sum(seal.requests_bytes for seal in run.seals()) / count
+        for number in range(rounds):
+            say(f"live client: round {number + 1} of {rounds}")
+            output = folder / "sdk.jsonl"
+            found[SDK].append(measure([*me, "--sdk", str(run.path), url, str(output)], look=False))
+            assert len(output.read_bytes().splitlines()) == count
+            for path in [*(run.path / "jobs").iterdir(), *(run.path / "responses").iterdir()]:
+                path.unlink()
+            command = [*BATCHKIT, "submit", str(run.path), "--endpoints", url, "--concurrency", str(CONCURRENCY)]
+            found[OURS].append(measure(command, look=False))
+            responses = [path.read_bytes().splitlines() for path in (run.path / "responses").iterdir()]
+            assert sum(map(len, responses)) == count
     finally:
         server.kill()
-    show(found, count, size)
+    return found, size
 
 
-def show(found: dict[str, list[tuple[float, float]]], count: int, size: float) -> None:
-    print(f"{count:,} requests of {size / 1000:,.0f} KB, {CONCURRENCY} at a time, medians of {len(found['batchkit'])}")
-    print(f"{'':18} {'requests/s':>11} {'per CPU second':>15}")
-    rates = {}
-    for name, times in found.items():
-        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+def report_of(found: dict[str, list[Measured]], count: int, size: float, *, quick: bool) -> Report:
+    rows, rates = [], {}
+    for name, measured in found.items():
+        wall, cpu = statistics.median(one.seconds for one in measured), statistics.median(one.cpu for one in measured)
         rates[name] = (count / wall, count / cpu)
-        print(f"{name:18} {rates[name][0]:11,.0f} {rates[name][1]:15,.0f}")
-    ours, theirs = rates["batchkit"], rates["OpenAI SDK, async"]
-    print(f"{'ratio':18} {ours[0] / theirs[0]:11.1f} {ours[1] / theirs[1]:15.1f}")
+    for name, (rate, of_core) in rates.items():
+        theirs = rates[SDK]
+        rows.append([name, f"{rate:,.0f}", f"{rate / theirs[0]:.1f}", f"{of_core:,.0f}", f"{of_core / theirs[1]:.1f}"])
+    columns = ["", "requests/s", f"{SDK} = 1", "requests per CPU second", f"{SDK} = 1"]
+    return Report(
+        "live_client",
+        "Live servers",
+        f"{count:,} requests of {size / 1000:,.0f} KB to a loopback server that answers at once, {CONCURRENCY} at a "
+        f"time, medians of {len(found[OURS])} rounds in turns.",
+        quick=quick,
+        tables=[Table("", columns, rows)],
+        raw={name: [one._asdict() for one in measured] for name, measured in found.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -18,20 +18,19 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import psutil
+from harness import BATCHKIT, measure, parser, say, workplace
+from report import Report, Table
 
 from batchkit import s3
 from batchkit.provision import with_images
 from batchkit.tasks import Row
 
 DELAY = 0.02
-COMMAND = [sys.executable, "-m", "batchkit"]
 
 
 @cache
@@ -88,13 +87,14 @@ def with_batchkit(uris: list[str]) -> Iterator[bytes]:
 WAYS = {"boto3, one after the other": with_boto3, "batchkit": with_batchkit}
 
 
-def compare(count: int, rounds: int) -> None:
+def compare(count: int, rounds: int) -> tuple[Table, dict[str, list[float]]]:
     """boto3 fetches a tenth: it is that much slower, and its time is the same for each image."""
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
-    for _ in range(rounds):
+    for number in range(rounds):
+        say(f"remote images: round {number + 1} of {rounds}")
         digests = {}
         for name, way in WAYS.items():
-            uris = names(count // 10 if way is with_boto3 else count)
+            uris = names(max(1, count // 10) if way is with_boto3 else count)
             began = time.monotonic()
             digests[name] = [hashlib.sha256(found).hexdigest() for found in way(uris)]
             rates[name].append(len(uris) / (time.monotonic() - began))
@@ -102,52 +102,33 @@ def compare(count: int, rounds: int) -> None:
         assert ours[: len(theirs)] == theirs
         assert len(set(ours)) == count
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    print(f"{count:,} images of {len(picture()):,} bytes, {DELAY * 1000:g} ms for each GET, medians of {rounds}")
-    for name, rate in medians.items():
-        print(f"{name:28} {rate:8,.0f} images/s")
-    loop, ours_rate = medians.values()
-    print(f"{'ratio':28} {ours_rate / loop:8.1f}")
+    loop = next(iter(medians.values()))
+    rows = [[name, f"{rate:,.0f}", f"{rate / loop:.1f}"] for name, rate in medians.items()]
+    return Table(f"Fetching {count:,} images", ["", "images/s", f"{next(iter(medians))} = 1"], rows), rates
 
 
-def memory(sizes: list[int]) -> None:
-    print(f"\n{'images':>8} {'seconds':>8} {'images/s':>9} {'largest MB':>11} {'sum MB':>7}   batchkit prepare")
+def memory(folder: Path, sizes: list[int]) -> tuple[Table, dict[str, dict[str, float | None]]]:
+    rows, raw = [], {}
     for size in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            tasks = Path(folder) / "tasks.jsonl"
-            lines = (json.dumps({"id": n, "image": uri, "question": "?"}) for n, uri in enumerate(names(size)))
-            tasks.write_text("\n".join(lines))
-            began = time.monotonic()
-            largest, together = peaks([*COMMAND, "prepare", str(tasks), f"{folder}/run", "--model", "m"])
-            seconds = time.monotonic() - began
-            made = sum(1 for path in Path(folder, "run", "requests").glob("*.jsonl") for _ in open(path, "rb"))  # noqa: SIM115
-            assert made == size
-        print(f"{size:8,} {seconds:8.1f} {size / seconds:9,.0f} {largest:11.0f} {together:7.0f}", flush=True)
-
-
-def peaks(command: list[str]) -> tuple[float, float]:
-    """Peak memory in MB of the largest process, and of all of them, looked at every 50 ms."""
-    process = psutil.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    largest = together = 0.0
-    while process.poll() is None:
-        sizes = []
-        for one in [process, *process.children(recursive=True)]:
-            try:
-                sizes.append(one.memory_info().rss / 1e6)
-            except psutil.Error:
-                continue
-        largest, together = max([largest, *sizes]), max(together, sum(sizes))
-        time.sleep(0.05)
-    assert process.returncode == 0
-    return largest, together
+        say(f"remote images: {size:,} through prepare")
+        tasks, run = folder / "tasks.jsonl", folder / f"run-{size}"
+        lines = (json.dumps({"id": n, "image": uri, "question": "?"}) for n, uri in enumerate(names(size)))
+        tasks.write_text("\n".join(lines))
+        measured = measure([*BATCHKIT, "prepare", str(tasks), str(run), "--model", "m"])
+        made = sum(1 for path in (run / "requests").glob("*.jsonl") for _ in open(path, "rb"))  # noqa: SIM115
+        assert made == size
+        rows.append([f"{size:,}", f"{measured.seconds:.1f}", f"{size / measured.seconds:,.0f}"])
+        rows[-1] += [f"{measured.largest_mb or 0:.0f}", f"{measured.sum_mb or 0:.0f}"]
+        raw[str(size)] = measured._asdict()
+    return Table("prepare", ["images", "seconds", "images/s", "largest MB", "sum MB"], rows), raw
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", default="2000,20000", help="sizes, separated by commas")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--images", type=int, help="[default: 2000]")
+    options.add_argument("--memory", help="sizes, separated by commas [default: 2000,20000]")
+    options.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.serve:
         asyncio.run(serve(arguments.serve))
         return
@@ -161,10 +142,24 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, __file__, "--serve", str(port)])
     try:
         time.sleep(2)
-        compare(arguments.images, arguments.rounds)
-        memory([int(size) for size in arguments.memory.split(",")])
+        images = arguments.images or (100 if arguments.quick else 2000)
+        sizes = arguments.memory or ("100,300" if arguments.quick else "2000,20000")
+        rounds = min(arguments.rounds, 1) if arguments.quick else arguments.rounds
+        fetched, rates = compare(images, rounds)
+        with workplace(arguments.folder) as folder:
+            prepared, measured = memory(folder, [int(size) for size in sizes.split(",")])
     finally:
         server.kill()
+    report = Report(
+        "remote_images",
+        "Images in a bucket",
+        f"Images of {len(picture()):,} bytes from a loopback server that takes {DELAY * 1000:g} ms for each GET, "
+        f"medians of {rounds} rounds in turns; what both fetched was compared.",
+        quick=arguments.quick,
+        tables=[fetched, prepared],
+        raw={"images_per_second": rates, "prepare": measured},
+    )
+    report.finish(arguments.json)
 
 
 if __name__ == "__main__":

