@@ -328,4 +328,7 @@ evaluate_options = add_options(
     click.option(
         "--image-root", metavar="DIR", help="For --copy-images: relative paths start here. [default: prepare's]"
     ),
+    click.option(
+        "--allow-private-hosts", is_flag=True, help="For --copy-images: fetch from hosts in your own network, too."
+    ),
 )

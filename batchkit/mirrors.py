@@ -265,6 +265,9 @@ class Mirror:
                 f"{where}: another process has changed it", hint="wait for that to end, and run this again"
             ) from exc
 
+    def names_below(self, folder: Path) -> list[str]:
+        return [found.name for found in s3.listed(f"{self.uri}/{self._name(folder)}/")]
+
     # -- names -------------------------------------------------------------------------------------------------------
 
     def _remove_parts(self, name: str) -> None:

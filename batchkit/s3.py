@@ -127,6 +127,22 @@ def look(uri: str) -> Found:
         return _found(key, answer)
 
 
+def version(uri: str) -> str | None:
+    """The ETag of an object, by a HEAD; None where the server refuses it, without the reason: `look` has that."""
+    from botocore.exceptions import ClientError, ParamValidationError
+
+    with contextlib.suppress(UsageError), translated(uri, "read"):
+        bucket, key = split(uri)
+        try:
+            return str(client().head_object(Bucket=bucket, Key=key)["ETag"])
+        except ParamValidationError:
+            return None
+        except ClientError as exc:
+            if exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500:
+                raise
+    return None
+
+
 def get(uri: str) -> tuple[bytes, Found]:
     """A small object, whole."""
     bucket, key = split(uri)

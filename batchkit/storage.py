@@ -48,6 +48,9 @@ class Follower(Protocol):
     def settle(self, target: Path) -> None:
         """Nothing more will be appended: it is whole there when this returns."""
 
+    def names_below(self, folder: Path) -> list[str]:
+        """What there is below a folder on the other side, relative to it."""
+
 
 _followers: dict[Path, Follower] = {}
 
