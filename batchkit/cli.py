@@ -342,7 +342,8 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
 def cancel_command(run: str, wait: bool, **options: Any) -> None:
     """Cancel the batches of RUN at the provider, and keep what they have finished.
 
-    What was not run becomes `expired`; submit again sends it. A submit that waits elsewhere sends nothing more.
+    What was not run becomes `expired`; submit again sends it. A submit that waits elsewhere sends nothing more. What
+    presign gave to machines elsewhere is due again; they cannot be stopped from here.
 
     \b
     batchkit cancel my-run

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -94,6 +94,11 @@ def renew(run: Run, shard: int, number: int, until: dt.datetime) -> Attempt:
 def open_in(run: Run, shard: int) -> list[Attempt]:
     """The attempts of a shard that are elsewhere now."""
     return [attempt for attempt in run.job(shard).attempts if attempt.state == "elsewhere"]
+
+
+def requests_out(run: Run, shards: Iterable[int]) -> int:
+    """How many requests are on machines elsewhere now."""
+    return sum(end - start for shard in shards for attempt in open_in(run, shard) for start, end in attempt.rows)
 
 
 def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path) -> None:
