@@ -304,6 +304,69 @@ def test_cancel_makes_it_due_again_and_no_resume_asks_for_that_first(
     assert cancelling.cancel(run.name).given_up == 3  # one of these has all its answers of another
 
 
+def test_what_is_given_out_is_never_said_to_be_at_a_provider(
+    bucket: Bucket, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(bucket)
+    script = presign(run, tmp_path, "--shards", "1/3")
+    install_fake(monkeypatch)
+    Fake(tmp_path, monkeypatch)
+    submitted = call("submit", run.name)
+    assert submitted.exit_code == 8, submitted.output
+    assert "10 requests on machines elsewhere, which presign gave out" in submitted.stderr
+    machine.run(script)
+    cancelled = call("cancel", run.name)
+    assert "collected 10 responses" in cancelled.stderr
+    assert not any("provider" in done.output or "batches" in done.output for done in (submitted, cancelled))
+
+
+def test_reuse_of_a_run_collects_first_what_has_come_from_elsewhere(
+    bucket: Bucket, machine: Machine, tmp_path: Path
+) -> None:
+    run = prepared(bucket)
+    machine.run(presign(run, tmp_path), 0, 1)
+    bucket.on("second")
+    again = call("prepare", bucket.uri("in/tasks.jsonl"), tmp_path / "again", "--model", "org/m", "--reuse", run.name)
+    assert again.exit_code == 0, again.output
+    assert f"{run.name}: collected 20 responses of 2 machines elsewhere" in again.stderr
+    assert f"reused 20 answers of {run.name}" in again.stderr
+    assert "10 requests to send" in again.stderr
+    assert verdicts(run) == {"answered": 20, "pending": 10}  # what is out there still is left alone
+
+
+def test_reuse_of_a_run_that_may_only_be_read_says_what_is_not_collected(
+    bucket: Bucket, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(bucket)
+    machine.run(presign(run, tmp_path), 0)
+
+    def refuse(uri: str, *_: Any, **__: Any) -> str:
+        raise s3.DeniedError(f"{uri}: access denied: these credentials may not write it")
+
+    bucket.on("second")
+    monkeypatch.setattr(s3, "put", refuse)
+    monkeypatch.setattr(s3, "put_file", refuse)
+    again = call("prepare", bucket.uri("in/tasks.jsonl"), tmp_path / "again", "--model", "org/m", "--reuse", run.name)
+    assert again.exit_code == 0, again.output
+    assert f"{run.name}: what came from machines elsewhere is not collected: s3://" in again.stderr
+    assert "30 requests of 30 rows" in again.stderr
+
+
+def test_whatever_is_given_out_anew_has_a_name_that_was_never_given_out(bucket: Bucket, tmp_path: Path) -> None:
+    run = prepared(bucket)
+    outputs = []
+    for undo in (lambda: expire(run, 0), lambda: call("cancel", run.name), lambda: None):
+        given = json.loads(call("presign", run.name, "--shards", "1/3", "--format", "json").stdout)
+        outputs += [urlsplit(entry["output"]).path for entry in given]
+        undo()
+    call("cancel", run.name)
+    assert discard(run.name) == 0
+    given = json.loads(call("presign", run.name, "--shards", "1/3", "--format", "json").stdout)
+    outputs += [urlsplit(entry["output"]).path for entry in given]
+    assert given[0]["attempt"] == 1  # as the first
+    assert len(outputs) == len(set(outputs)) == 4
+
+
 def test_discard_forgets_what_came_from_elsewhere(bucket: Bucket, machine: Machine, tmp_path: Path) -> None:
     run = prepared(bucket)
     machine.run(presign(run, tmp_path))
