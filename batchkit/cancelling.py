@@ -42,8 +42,8 @@ def cancel(
     poll_interval: float | None = None,
     progress: Progress | None = None,
 ) -> CancelReport:
-    """Cancel all batches of the run at the provider, and collect what they have finished; give up what `presign` gave to
-    machines elsewhere.
+    """Cancel all batches of the run at the provider, and collect what they have finished. What `presign` has given to
+    machines elsewhere is given up.
 
     Where a `submit` waits for them, it is told to send nothing more, and collects. Raises `CredentialsError`,
     `ServiceError`, and `UsageError` where the run was never sent to a batch service.

@@ -83,7 +83,7 @@ class Mirror:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}", hint="BATCHKIT_WORK_DIR=DIR") from exc
+            raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}", hint="--work-dir DIR") from exc
         self._ledger = Ledger(root)
         self.tenure = Tenure(uri, self._ledger.copy)
         self._growth = Growth(self._where, self.tenure.check)
@@ -295,7 +295,7 @@ class Mirror:
         except OSError as exc:
             raise StorageError(
                 f"{path}: cannot be written: {exc.strerror or exc}",
-                hint="free some disk space, or BATCHKIT_WORK_DIR=DIR",
+                hint="free some disk space, or --work-dir DIR",
             ) from exc
         finally:
             aside.unlink(missing_ok=True)

@@ -127,7 +127,7 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[Source, Prepa
     """The input and the checked options, with the input format decided."""
     source = open_source(tasks, keywords.get("input_format", "auto"), keywords.get("image_field"))
     if source.first is None:
-        raise InputError(f"{source.uri}: has no rows", hint="check the path: the file is empty")
+        raise InputError(f"{shown(source.uri)}: has no rows", hint="check the path: the file is empty")
     batch_format = source.format == "batch"
     if "model" not in keywords or not keywords["model"]:
         body = source.first.get("body") if batch_format else None
@@ -324,7 +324,7 @@ def _sharded(
 
 
 def _rejection(uri: str, row: Row, done: Converted) -> Rejection:
-    name = Path(uri).name
+    name = Path(shown(uri)).name
     return Rejection(
         position=row.position,
         line=row.line,

@@ -151,6 +151,14 @@ def get(uri: str) -> tuple[bytes, Found]:
         return answer["Body"].read(), _found(key, answer)
 
 
+def get_piece(uri: str, start: int, end: int, etag: str) -> bytes:
+    """The bytes `[start, end)` of an object. Raises `ChangedError` where it is no longer the one with that ETag."""
+    bucket, key = split(uri)
+    with translated(uri, "read"):
+        answer = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=etag)
+        return bytes(answer["Body"].read())
+
+
 def download(uri: str, path: Path, *, append: bool = False) -> Found:
     """Stream an object into the file `path`. Raises `StorageError` where less came than it has."""
     bucket, key = split(uri)
