@@ -27,7 +27,7 @@ _NAMES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_DEFAULT
           "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")  # fmt: skip
 """What a client is made from, beside files."""
 
-_clients: dict[tuple[int, tuple[str | None, ...]], tuple[Any, Any]] = {}
+_clients: dict[tuple[int, int, tuple[str | None, ...]], tuple[Any, Any]] = {}
 """Each with the session that it is of."""
 _making = threading.Lock()
 
@@ -84,7 +84,8 @@ def client_in(region: str) -> Any:
 
 
 def _connection() -> tuple[Any, Any]:
-    key = (os.getpid(), tuple(os.environ.get(name) for name in _NAMES))
+    secret = hash(os.environ.get("AWS_SECRET_ACCESS_KEY"))  # mended in a notebook, say
+    key = (os.getpid(), secret, tuple(os.environ.get(name) for name in _NAMES))
     with _making:
         if key not in _clients:
             session = boto3_session()

@@ -6,8 +6,11 @@ import contextlib
 import io
 import json
 import os
+import subprocess
 import threading
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -380,3 +383,218 @@ def test_work_dir_says_where_the_local_copy_is_for_one_command(bucket: Bucket, t
 @pytest.mark.parametrize("name", list(main.commands))
 def test_every_verb_takes_a_work_dir(name: str) -> None:
     assert "--work-dir" in [option for parameter in main.commands[name].params for option in parameter.opts]
+
+
+# -- what a server refuses ---------------------------------------------------------------------------------------------
+
+
+Key = tuple[str, str]
+
+
+class Strict:
+    """A server that asks who does what: every key is of a user with a policy of its own."""
+
+    def __init__(self, url: str, patch: pytest.MonkeyPatch) -> None:
+        self.url = url
+        self._patch = patch
+
+    def use(self, *allowed: str, key: Key | None = None) -> None:
+        """Go on as a user who may do this alone: `ACTION NAMES`, as `GetObject in/*`."""
+        name, secret = key or _make_user(self.url, allowed)
+        self._patch.setenv("AWS_ACCESS_KEY_ID", name)
+        self._patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+
+
+def _make_user(url: str, allowed: Sequence[str]) -> Key:
+    pairs = [one.partition(" ") for one in allowed]
+    statements = [
+        {"Effect": "Allow", "Action": f"s3:{action}", "Resource": f"arn:aws:s3:::bucket{names and '/' + names}"}
+        for action, _, names in pairs
+    ]
+    return _user(url, _ADMINS[url], statements)
+
+
+def _user(url: str, by: Key, statements: list[dict[str, str]]) -> Key:
+    import boto3
+
+    known = {"aws_access_key_id": by[0], "aws_secret_access_key": by[1], "region_name": "us-east-1"}
+    iam = boto3.client("iam", endpoint_url=url, **known)
+    name = f"user-{time.monotonic_ns()}"
+    iam.create_user(UserName=name)
+    policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
+    iam.put_user_policy(UserName=name, PolicyName="p", PolicyDocument=policy)
+    made = iam.create_access_key(UserName=name)["AccessKey"]
+    return made["AccessKeyId"], made["SecretAccessKey"]
+
+
+_ADMINS: dict[str, Key] = {}
+
+
+@pytest.fixture(scope="module")
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    import boto3
+
+    with s3_servers.moto(tmp_path_factory.mktemp("strict")) as url:
+        known = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=url, **known).create_bucket(Bucket="bucket")
+        _ADMINS[url] = _user(url, ("x", "x"), [{"Effect": "Allow", "Action": "*", "Resource": "*"}])
+        begin = urllib.request.Request(f"{url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})  # noqa: S310  # loopback
+        with urllib.request.urlopen(begin):  # noqa: S310  # from now on everybody is asked who they are
+            pass
+        yield url
+
+
+@pytest.fixture
+def strict(strict_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Strict:
+    for name, value in s3_servers.environment(strict_server, tmp_path / "work").items():
+        monkeypatch.setenv(name, value)
+    strict = Strict(strict_server, monkeypatch)
+    strict.use(key=_ADMINS[strict_server])
+    for found in list(s3.listed("s3://bucket/")):
+        s3.delete(f"s3://bucket/{found.name}")
+    return strict
+
+
+def test_images_that_may_not_be_read_reject_their_rows_and_no_others(strict: Strict, tmp_path: Path) -> None:
+    rows = [{"image": f"s3://bucket/{name}.png", "question": "?"} for name in ("open/a", "secret/b", "open/c")]
+    for row in rows:
+        s3.put(row["image"], png("red"))
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    strict.use("GetObject open/*")
+    done = call("prepare", tasks, tmp_path / "run", "--model", "m")
+    assert done.exit_code == 0, done.output
+    assert "prepared 2 requests of 3 rows" in done.stderr
+    assert "tasks.jsonl:2: image cannot be fetched: s3://bucket/secret/b.png: access denied" in done.stderr
+    assert "let them (IAM: s3:GetObject on bucket), or use others: aws configure" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch"])
+def test_a_key_or_a_secret_that_the_server_does_not_know_stops_everything_and_names_the_object(
+    code: str, strict: Strict, tmp_path: Path
+) -> None:
+    s3.put("s3://bucket/a.png", png("red"))
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"image": "s3://bucket/a.png", "question": "?"}\n')
+    keys = {"InvalidAccessKeyId": ("AKIANOBODYNOBODY", "x"), "SignatureDoesNotMatch": (_ADMINS[strict.url][0], "wrong")}
+    strict.use(key=keys[code])
+    for arguments, named in (
+        (("prepare", tasks, tmp_path / "run", "--model", "m"), "s3://bucket/a.png"),
+        (("prepare", "s3://bucket/in/tasks.jsonl", tmp_path / "other", "--model", "m"), "s3://bucket/in/tasks.jsonl"),
+        (("status", "s3://bucket/run"), "s3://bucket/run/"),
+        (("submit", "s3://bucket/run"), "s3://bucket/run/"),
+    ):
+        done = call(*arguments)
+        assert done.exit_code == 4, done.output
+        assert f"Error: {named}: the credentials are not taken ({code})" in done.stderr
+        assert "hint: aws configure, aws sso login" in done.stderr
+    assert not list(Run.open(tmp_path / "run").seals())
+
+
+@pytest.mark.parametrize(
+    ("allowed", "verb", "message"),
+    [
+        (["GetBucketLocation"], "status", "s3://bucket/run/: access denied: these credentials may not list it"),
+        (["ListBucket"], "status", "s3://bucket/run/manifest.json: access denied: these credentials may not read it"),
+        (["ListBucket", "GetObject *"], "merge", ": access denied: these credentials may not write it"),
+        (["ListBucket", "GetObject *"], "presign", ": access denied: these credentials may not write it"),
+        (["PutObject *", "GetObject *"], "prepare", "s3://bucket/new/: access denied: these credentials may not list"),
+    ],
+)
+def test_a_run_that_these_credentials_may_not_touch_is_named_with_the_permission(
+    *, allowed: list[str], verb: str, message: str, strict: Strict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    s3.put("s3://bucket/in/tasks.jsonl", task_lines(3))
+    prepare("s3://bucket/in/tasks.jsonl", "s3://bucket/run", model="m", workers=1)
+    before = {found for found in s3.listed("s3://bucket/") if "leases" not in found.name}
+    strict.use(*allowed)
+    monkeypatch.setenv("BATCHKIT_WORK_DIR", str(tmp_path / "second"))
+    more = ["s3://bucket/new", "--model", "m"] if verb == "prepare" else []
+    done = call(verb, "s3://bucket/in/tasks.jsonl" if verb == "prepare" else "s3://bucket/run", *more)
+    assert done.exit_code == 1, done.output
+    assert "Error: s3://bucket/" in done.stderr
+    assert message in done.stderr
+    needed = {"list": "s3:ListBucket", "read": "s3:GetObject", "write": "s3:PutObject"}
+    assert (
+        f"hint: let them (IAM: {next(needed[word] for word in needed if f'may not {word}' in message)} on bucket)"
+        in (done.stderr)
+    )
+    assert "Traceback" not in done.output
+    strict.use(key=_ADMINS[strict.url])
+    assert {found for found in s3.listed("s3://bucket/") if "leases" not in found.name} == before
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "RequestTimeTooSkewed", "this machine's clock is off, and the server refuses its requests"),
+        (404, "NoSuchBucket", "there is no bucket bucket at http://127.0.0.1"),
+    ],
+)
+def test_a_clock_that_is_off_and_a_bucket_that_is_not_there_are_named_by_every_verb(
+    *, status: int, code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_bytes(task_lines(2))
+    with s3_servers.refusing(status, code) as url:
+        for name, value in s3_servers.environment(url, tmp_path / "work").items():
+            monkeypatch.setenv(name, value)
+        for arguments, named in (
+            (("prepare", "s3://bucket/tasks.jsonl", tmp_path / "run", "--model", "m"), "s3://bucket/tasks.jsonl"),
+            (("prepare", tasks, "s3://bucket/run", "--model", "m"), "s3://bucket/run/"),
+            (("presign", "s3://bucket/tasks.jsonl"), "s3://bucket/tasks.jsonl"),
+            (("presign", "s3://bucket/run", "--shards", "1/2"), "s3://bucket/run/"),
+            (("merge", "--tasks", tasks, "--responses", "s3://bucket/out.jsonl", "-o", tmp_path / "r.jsonl"),
+             "s3://bucket/out.jsonl"),
+            (("merge", "--tasks", tasks, "--responses", "s3://bucket/o/*.jsonl", "-o", tmp_path / "r.jsonl"),
+             "s3://bucket/o/"),
+        ):  # fmt: skip
+            done = call(*arguments)
+            assert done.exit_code == 1, (arguments, done.output)
+            assert f"Error: {named}: {message}" in done.stderr, arguments
+            assert "\n\nhint: " in done.stderr
+
+
+def expiring(bucket: str, key: str) -> str:
+    """A URL that holds for a second."""
+    return str(s3.client().generate_presigned_url("get_object", {"Bucket": bucket, "Key": key}, 1))
+
+
+def test_a_url_that_has_expired_is_named_for_task_files_images_and_responses_by_a_server_that_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_servers.ministack(tmp_path / "server") as url:
+        bucket = Bucket("checked", url, tmp_path / "machines", monkeypatch)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        tasks = bucket.put("tasks.jsonl", task_lines(2))
+        signed = expiring(bucket.name, "tasks.jsonl")
+        bucket.put("a.png", png("red"))
+        image = expiring(bucket.name, "a.png")
+        time.sleep(2.1)
+        done = call("prepare", signed, tmp_path / "run", "--model", "m")
+        assert f"Error: {url}/checked/tasks.jsonl: the server says 403" in done.stderr
+        assert "hint: it may have expired" in done.stderr
+        local = tmp_path / "tasks.jsonl"
+        local.write_text(json.dumps({"image": image, "question": "?"}) + "\n")
+        done = call("prepare", local, tmp_path / "run", "--model", "m", "--allow-private-hosts")
+        assert f"{url}/checked/a.png: its signature has expired (403): sign it anew" in done.stderr
+        done = call("merge", "--tasks", tasks, "--responses", signed, "-o", tmp_path / "results.jsonl")
+        assert f"Error: {url}/checked/tasks.jsonl: the server says 403" in done.stderr
+        assert "Signature" not in done.output
+
+
+def test_a_script_whose_urls_have_expired_says_how_to_make_new_ones(bucket: Bucket, tmp_path: Path) -> None:
+    answered_run(bucket)
+    script = tmp_path / "run.sh"
+    assert call("presign", bucket.uri("runs/one"), "-o", script, "--expires", "1h").exit_code == 0
+    later = tmp_path / "bin" / "date"
+    later.parent.mkdir()
+    later.write_text("#!/bin/sh\necho 99999999999\n")
+    later.chmod(0o700)
+    done = subprocess.run(
+        ["/bin/sh", str(script)], env={"PATH": str(later.parent)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "the URLs in here expired at 20" in done.stderr
+    assert "batchkit presign --again makes new ones" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -222,12 +223,20 @@ def test_a_half_written_output_is_only_its_own_missing_rows(
     script = presign(run, tmp_path)
     machine.run(script, 0, half=half)
     machine.run(script, 1, 2)
+    merged = call("merge", run.name)
+    (output,) = [name for name in bucket.names("runs/one/presigned/") if "/00000." in name]
+    told = re.search(
+        re.escape(bucket.uri(output)) + r": has (\d) of 10 responses(, and ends in the middle)?", merged.stderr
+    )
+    assert told is not None, merged.stderr
+    assert f"batchkit presign {run.name} gives out, and submit sends, what has no response" in merged.stderr
     summary = merge(run.name)
     kept = {0.5: 5, 0.0: 0, 0.999: 9}[half] if half else 0
     found = summary.verdicts
     assert found[Verdict.ANSWERED] in (20 + kept, 20 + kept - 1)  # lines are not all of one length
     assert found[Verdict.MISSING] == 30 - found[Verdict.ANSWERED]
     lost = found[Verdict.MISSING]
+    assert int(told[1]) == 10 - lost
     again = presign(Run.open(run.name), tmp_path)
     before = len(machine.asked)
     machine.run(again)
@@ -263,6 +272,11 @@ def test_what_has_expired_is_due_again_and_a_late_output_is_still_taken(
     run = prepared(bucket)
     script = presign(run, tmp_path)
     expire(run, 0)
+    output = Run.open(run.name).job(0).attempts[0].elsewhere
+    assert output is not None
+    merged = call("merge", run.name)
+    assert f"{run.name}/{output.output}: has not come, and its URLs expired at 20" in merged.stderr
+    assert f"batchkit presign {run.name} gives out" in merged.stderr
     status = reporting.status(run.name)
     assert [batch.attempt for batch in status.batches] == ["00001.1", "00002.1"]
     second = json.loads(call("presign", run.name, "--format", "json").stdout)
