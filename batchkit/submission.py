@@ -132,11 +132,7 @@ def _runner(run: Run, feed: Feed, replicas: int, args: Sequence[str], ray: str |
     if ray is None:
         yield vllm.Vllm(model=run.manifest.model, replicas=replicas, args=args, pooling=task)
         return
-    if task is not None:
-        raise UsageError(
-            f"{run.manifest.url} does not go to a Ray cluster in this version", hint="leave --ray out, or use --shards"
-        )
-    with vllm_ray.running(ray, model=run.manifest.model, replicas=replicas, args=args) as runner:
+    with vllm_ray.running(ray, model=run.manifest.model, replicas=replicas, args=args, pooling=task) as runner:
         yield runner
 
 

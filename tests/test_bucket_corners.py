@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -24,10 +25,12 @@ from batchkit.cli import main
 from batchkit.client import Pacing
 from batchkit.evaluation import evaluate
 from batchkit.inference import infer
-from batchkit.jobs import Attempt
+from batchkit.jobs import Attempt, Job
 from batchkit.merging import merge
 from batchkit.preparation import prepare
+from batchkit.responses import Verdict
 from batchkit.runs import Run
+from batchkit.submission import submit
 from tests import fake_server, s3_servers
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
@@ -598,3 +601,103 @@ def test_a_script_whose_urls_have_expired_says_how_to_make_new_ones(bucket: Buck
     assert done.returncode == 1
     assert "the URLs in here expired at 20" in done.stderr
     assert "batchkit presign --again makes new ones" in done.stderr
+
+
+# -- answers that were taken over, deleted requests, stale files -------------------------------------------------------
+
+
+def reused_run(bucket: Bucket, server: Server) -> Run:
+    """A run in a bucket of which the last seal was lost, whose answers are all of another run."""
+    tasks = bucket.put("in/tasks.jsonl", task_lines(6))
+    for name in ("old", "one"):
+        reuse = () if name == "old" else (bucket.uri("runs/old"),)
+        prepare(tasks, bucket.uri(f"runs/{name}"), model="m", backend="server", max_requests=3, workers=1, reuse=reuse)
+        if name == "old":
+            submit(bucket.uri("runs/old"), endpoints=[server.url])
+    run = Run.open(bucket.uri("runs/one"))
+    assert [seal.reused for seal in run.seals()] == [{bucket.uri("runs/old"): 3}] * 2
+    return run
+
+
+def prepare_again(bucket: Bucket) -> Any:
+    return prepare(bucket.uri("in/tasks.jsonl"), bucket.uri("runs/one"), model="m", backend="server", max_requests=3,
+                   workers=1, reuse=(bucket.uri("runs/old"),))  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", [["jobs/00001.json"], []], ids=["job", "nothing"])
+def test_a_shard_with_answers_of_another_run_is_made_again_on_another_machine(
+    lost: list[str], bucket: Bucket, server: Server
+) -> None:
+    reused_run(bucket, server)
+    for name in ("prepared.json", "requests/00001.json", *lost):
+        s3.delete(bucket.uri(f"runs/one/{name}"))
+    bucket.on("second")
+    report = prepare_again(bucket)
+    assert (report.requests, report.to_send, report.reused) == (6, 0, {bucket.uri("runs/old"): 6})
+    assert bucket.names("runs/one/responses/") == [
+        "runs/one/responses/00000.1.jsonl",
+        "runs/one/responses/00001.1.jsonl",
+    ]
+    assert merge(bucket.uri("runs/one")).verdicts[Verdict.ANSWERED] == 6
+    assert set(server.asked.values()) == {1}
+
+
+def test_a_damaged_shard_keeps_the_answers_that_it_had_of_another_run(bucket: Bucket, server: Server) -> None:
+    run = reused_run(bucket, server)
+    s3.delete(f"{run.name}/rows/00000.jsonl")
+    s3.delete(f"{bucket.uri('runs/old')}/responses/00000.1.jsonl")  # they could not be taken over anew
+    bucket.on("second")
+    prepare_again(bucket)
+    assert merge(run.name).verdicts[Verdict.ANSWERED] == 6
+
+
+def test_a_stale_file_of_this_machine_never_hides_what_another_has_answered(bucket: Bucket, server: Server) -> None:
+    run = answered_run(bucket)
+    ids = run.read_ids(next(run.seals()))
+    began = "2026-01-01T00:00:00+00:00"
+    job = Job(shard=0, attempts=[Attempt(number=1, backend="server", state="running", rows=[(0, 3)], started=began)])
+    run.write_job(job)
+    lines = [response_line(one, f"of the other machine {one}") + b"\n" for one in ids]
+    stale = run.responses_path(0, 1)
+    stale.write_bytes(response_line(ids[0], "stale") + b"\n")
+    for number, line in enumerate(lines, 1):
+        bucket.put(f"runs/one/responses/00000.1.jsonl.part-{number:05d}", line)
+    opened = Run.open(run.name)
+    assert [path.read_bytes() for _, path in opened.responses_paths(0)] == [b"".join(lines)]
+    ahead = b"".join(lines) + response_line(ids[0], "more than is there") + b"\n"
+    stale.write_bytes(ahead)
+    assert [path.read_bytes() for _, path in Run.open(run.name).responses_paths(0)] == [ahead]
+
+
+def test_flat_results_of_a_run_in_a_bucket_know_from_its_requests_which_rows_have_images(
+    bucket: Bucket, server: Server, tmp_path: Path
+) -> None:
+    cell = base64.b64encode(png("red")).decode()
+    tasks = bucket.put("in/tasks.csv", f"id,question,image\n0,a,{cell}\n1,b,\n2,c,gone.png\n".encode())
+    run = bucket.uri("runs/one")
+    prepare(tasks, run, model="m", backend="server", on_bad_image="text-only", workers=1)
+    submit(run, endpoints=[server.url])
+    bucket.on("second")
+    merge(run, flat=True)
+    results = [json.loads(line) for line in bucket.get("runs/one/results.jsonl").splitlines()]
+    assert [row["has_image"] for row in results] == [True, False, False]
+
+
+def test_no_resume_keeps_answers_whose_requests_were_deleted_also_from_another_machine(
+    bucket: Bucket, server: Server
+) -> None:
+    tasks, run = bucket.put("in/tasks.jsonl", task_lines(6)), bucket.uri("runs/one")
+    done = call("run", tasks, run, "--model", "m", "--backend", "server", "--max-requests", "3", "--delete-sent",
+                "--endpoints", server.url)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert [name for name in bucket.names("runs/one/requests/") if name.endswith(".jsonl")] == []
+    before = bucket.names("runs/one/responses/"), bucket.names("runs/one/jobs/")
+    bucket.on("second")
+    refused = call("submit", run, "--no-resume", "--yes", "--endpoints", server.url)
+    assert refused.exit_code == 1
+    assert (
+        f"Error: {run}: the requests of 2 shards were deleted when they had answers (--delete-sent)" in refused.stderr
+    )
+    assert "hint: keep the answers; or prepare the task file into a new run" in refused.stderr
+    assert (bucket.names("runs/one/responses/"), bucket.names("runs/one/jobs/")) == before
+    assert merge(run).verdicts[Verdict.ANSWERED] == 6
