@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ MARK = ".made-by-batchkit"
 """A file in each such folder: only what has it is ever replaced."""
 
 _KEPT = "kept"
+_OURS = re.compile(rf"\d+/(output|problem)_image_\d+\.\w+|{re.escape(MARK)}")
 # The first bytes of a file → the ending of its name.
 _SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"))
 _ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/gif": "gif", "image/webp": "webp", "image/bmp": "bmp",
@@ -111,29 +113,34 @@ class Album:
         return self._aside
 
     def _is_ours(self) -> bool:
-        return (self._folder / MARK).is_file() or (self._folder.is_dir() and not any(self._folder.iterdir()))
+        return self._is_made() or (self._folder.is_dir() and not any(self._folder.iterdir()))
+
+    def _is_made(self) -> bool:
+        """Whether the folder was made by batchkit: all is that is the local side of a bucket."""
+        return (self._folder / MARK).is_file() or (self._folder.exists() and follower_of(self._folder) is not None)
 
     def _commit(self) -> None:
         old = self._neighbour()
-        if (self._folder / MARK).is_file() or (self._aside is not None and self._folder.exists()):
+        if self._is_made() or (self._aside is not None and self._folder.exists()):
             os.replace(self._folder, old)
         if self._aside is not None:
             shutil.rmtree(self._aside / _KEPT)
             os.replace(self._aside, self._folder)
-        self._tell(old)
+        self._tell()
         shutil.rmtree(old, ignore_errors=True)
 
-    def _tell(self, old: Path) -> None:
+    def _tell(self) -> None:
         """Where the folder is the local side of a bucket: make the other side equal to it."""
         follower = follower_of(self._folder)
         if follower is None:
             return
         now_there = {path.relative_to(self._folder) for path in self._folder.rglob("*") if path.is_file()}
+        now_there.discard(Path(MARK))
         for name in sorted(now_there):
             follower.place(self._folder / name, self._folder / name)
-        for path in old.rglob("*"):
-            if path.is_file() and path.relative_to(old) not in now_there:
-                follower.remove(self._folder / path.relative_to(old))
+        for there in follower.names_below(self._folder):  # also of a merge on another machine
+            if _OURS.fullmatch(there) and Path(there) not in now_there:
+                follower.remove(self._folder / there)
 
     def _neighbour(self) -> Path:
         return self._folder.with_name(f".{self._folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

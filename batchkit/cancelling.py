@@ -21,13 +21,15 @@ from batchkit.runs import Run, Seal
 class CancelReport(msgspec.Struct, kw_only=True):
     """`cancelled` batches were asked to end, `ended` had ended already; `collected` responses came of them so far.
     `in_flight` requests are not collected yet. `given_up` attempts were on machines elsewhere, which nobody can stop
-    from here: their requests are due again, and what they still put into the bucket is collected."""
+    from here: their requests are due again, and what they still put into the bucket is collected. `remote`: a batch
+    service was asked."""
 
     cancelled: int = 0
     ended: int = 0
     collected: int = 0
     in_flight: int = 0
     given_up: int = 0
+    remote: bool = False
 
 
 def cancel(
@@ -40,7 +42,8 @@ def cancel(
     poll_interval: float | None = None,
     progress: Progress | None = None,
 ) -> CancelReport:
-    """Cancel all batches of the run at the provider, and collect what they have finished.
+    """Cancel all batches of the run at the provider, and collect what they have finished. What `presign` has given to
+    machines elsewhere is given up.
 
     Where a `submit` waits for them, it is told to send nothing more, and collects. Raises `CredentialsError`,
     `ServiceError`, and `UsageError` where the run was never sent to a batch service.
@@ -57,6 +60,7 @@ def cancel(
     if poll_interval is not None:
         pace = msgspec.structs.replace(pace, poll=poll_interval)
     report = given_up or CancelReport()
+    report.remote = True
     run.cancel()
     for batch_id in _under_way(run, seals, service):
         _cancel_one(service, batch_id, report, progress)
@@ -93,7 +97,10 @@ def _give_up(run: Run, seals: Sequence[Seal], progress: Progress) -> CancelRepor
 def _last_backend(run: Run) -> str:
     found = [name for name in targets.SERVICES if targets.last_remote(run, name) is not None]
     if not found:
-        raise UsageError(f"{run.name} was never sent to a batch service", hint="Ctrl-C ends a submit on local GPUs")
+        raise UsageError(
+            f"{run.name} was never sent to a batch service, and presign gave nothing of it out",
+            hint="Ctrl-C ends a submit on local GPUs",
+        )
     if len(found) > 1:
         raise UsageError(f"{run.name} was sent to {' and '.join(found)}", hint="--backend names one")
     return found[0]

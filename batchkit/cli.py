@@ -25,6 +25,7 @@ from batchkit.cli_options import (
     service_options,
     settle_options,
     submit_options,
+    work_dir_option,
 )
 from batchkit.errors import BatchkitError, UsageError
 from batchkit.limits import SERVED
@@ -79,6 +80,7 @@ def main() -> None:
 @ray_option
 @click.option("--limit", type=click.IntRange(0), help="At most so many rows.")
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be made (exactly), write nothing.")
+@work_dir_option
 def prepare_command(tasks: str, run: str, *, plan_only: bool, strict: bool, **options: Any) -> None:
     """Make requests of the rows in TASKS, in the run directory RUN.
 
@@ -134,6 +136,7 @@ def _prepare_keywords(options: dict[str, Any]) -> Any:
 @click.option("--resume/--no-resume", default=True, help="--no-resume throws away all responses so far, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
+@work_dir_option
 def submit_command(run: str, backend: str | None, resume: bool, yes: bool, **options: Any) -> None:
     """Send the requests of RUN that have no response yet.
 
@@ -207,6 +210,7 @@ def _verdicts(text: str | None) -> frozenset[Any]:
 )
 @click.option("--id-separator", default="|", show_default=True, help="Joins the values of several id fields.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+@work_dir_option
 def merge_command(
     *,
     runs: tuple[str, ...],
@@ -257,6 +261,7 @@ def merge_command(
 @click.argument("run", required=False)
 @evaluate_options
 @click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON on stdout, instead of a table.")
+@work_dir_option
 def evaluate_command(run: str | None, as_json: bool, **options: Any) -> None:
     """Compare the results of RUN with the right answers, and count.
 
@@ -296,6 +301,7 @@ def evaluate_command(run: str | None, as_json: bool, **options: Any) -> None:
     help="Delete the requests of shards that have their answers, and keep few ahead: for disks that are too small.",
 )
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
+@work_dir_option
 def run_command(tasks: str, run: str, **options: Any) -> None:
     """Prepare, submit and merge in one. Again, it goes on where it stopped.
 
@@ -339,10 +345,12 @@ def run_command(tasks: str, run: str, **options: Any) -> None:
 @click.option("--api-key-env", metavar="NAME", help="The variable that holds the key. [default: the last one]")
 @click.option("--wait/--no-wait", default=True, help="--no-wait: do not wait for the provider to end them.")
 @click.option("--poll-interval", type=click.FloatRange(0.01), metavar="SECONDS", help="[default: 30]")
+@work_dir_option
 def cancel_command(run: str, wait: bool, **options: Any) -> None:
     """Cancel the batches of RUN at the provider, and keep what they have finished.
 
-    What was not run becomes `expired`; submit again sends it. A submit that waits elsewhere sends nothing more.
+    What was not run becomes `expired`; submit again sends it. A submit that waits elsewhere sends nothing more. What
+    presign gave to machines elsewhere is due again; they cannot be stopped from here.
 
     \b
     batchkit cancel my-run
@@ -360,6 +368,7 @@ def cancel_command(run: str, wait: bool, **options: Any) -> None:
 @click.argument("target", metavar="URI|RUN")
 @presign_options
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
+@work_dir_option
 def presign_command(
     target: str, *, put: bool, expires: str | None, as_format: str, output: str | None, **options: Any
 ) -> None:
@@ -398,6 +407,7 @@ def presign_command(
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON on stdout.")
 @click.option("--ask/--no-ask", default=True, help="Ask the provider how batches under way stand. [default: --ask]")
+@work_dir_option
 def status_command(run: str, as_json: bool, ask: bool) -> None:
     """Say where RUN stands: shards, requests, what has come back, and the batches at a provider.
 

@@ -91,9 +91,17 @@ def tell_submitted(report: Any) -> None:
     rate = f" ({report.responses / report.seconds:,.1f}/s)" if report.seconds and report.responses else ""
     click.echo(f"sent {sent}, got {got}{errors} in {report.seconds:,.0f} s{rate}", err=True)
     if report.in_flight:
-        click.echo(f"{counted(report.in_flight, 'request')} under way at the provider", err=True)
+        click.echo(_under_way(report), err=True)
     if report.remaining > report.in_flight:
         click.echo(f"{counted(report.remaining - report.in_flight, 'request')} still to do", err=True)
+
+
+def _under_way(report: Any) -> str:
+    there = report.in_flight - report.elsewhere
+    parts = [f"{counted(there, 'request')} under way at the provider"] if there else []
+    if report.elsewhere:
+        parts.append(f"{counted(report.elsewhere, 'request')} on machines elsewhere, which presign gave out")
+    return "; ".join(parts)
 
 
 def tell_doubtful(report: Any, run: str) -> None:
@@ -171,7 +179,7 @@ def tell_evaluated(evaluation: Any) -> None:
 
 def tell_standing(run: str, summary: Any, report: Any) -> None:
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
-    flying = f"; {counted(report.in_flight, 'request')} under way at the provider" if report.in_flight else ""
+    flying = f"; {_under_way(report)}" if report.in_flight else ""
     click.echo(f"{run}: {counted(summary.rows, 'row')}: {counts}{flying}", err=True)
 
 
@@ -198,11 +206,8 @@ def tell_cancelled(report: Any, run: str) -> None:
             "what they still put into the bucket is collected, and until then submit sends their requests again",
             err=True,
         )
-    click.echo(
-        f"cancelled {counted_batches(report.cancelled)}, {counted_batches(report.ended)} had ended; "
-        f"collected {counted(report.collected, 'response')}",
-        err=True,
-    )
+    batches = f"cancelled {counted_batches(report.cancelled)}, {counted_batches(report.ended)} had ended; "
+    click.echo(f"{batches if report.remote else ''}collected {counted(report.collected, 'response')}", err=True)
     if report.in_flight:
         click.echo(f"{counted(report.in_flight, 'request')} not collected yet", err=True)
     click.echo(f"\nnext: batchkit {'cancel' if report.in_flight else 'merge'} {shlex.quote(run)}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from batchkit.endpoints import URLS
 BACKENDS = ["vllm", "server", "openai", "gemini"]
 HOST_NAMES = ["openai", "azure", "groq", "together", "dashscope"]
 INPUT_FORMATS = ["auto", "jsonl", "batch", "csv", "tsv", "parquet", "hf", "vlmevalkit"]
+
+WORK_DIR = "BATCHKIT_WORK_DIR"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +30,29 @@ def add_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
     return decorate
 
+
+def _use_work_dir(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    """For this command and the processes that it starts, as the variable says it."""
+    if value is not None:
+        before = os.environ.get(WORK_DIR)
+        os.environ[WORK_DIR] = value
+        ctx.call_on_close(lambda: _restore(before))
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(WORK_DIR, None)
+    else:
+        os.environ[WORK_DIR] = before
+
+
+work_dir_option = click.option(
+    "--work-dir",
+    metavar="DIR",
+    expose_value=False,
+    callback=_use_work_dir,
+    help=f"Where the local copies of runs in a bucket are kept. [default: {WORK_DIR}, else your cache]",
+)
 
 prepare_options = add_options(
     click.option("--model", help="The model, as the backend calls it: a name, or a directory for vLLM."),
@@ -338,5 +364,8 @@ evaluate_options = add_options(
     click.option("--copy-images", is_flag=True, help="Copy the images asked about, and those made, beside the files."),
     click.option(
         "--image-root", metavar="DIR", help="For --copy-images: relative paths start here. [default: prepare's]"
+    ),
+    click.option(
+        "--allow-private-hosts", is_flag=True, help="For --copy-images: fetch from hosts in your own network, too."
     ),
 )

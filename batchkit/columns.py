@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from batchkit import storage
 from batchkit.errors import InputError
 from batchkit.inline_images import Images, detach
 
@@ -35,9 +36,11 @@ def told(uri: str, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as exc:
-        raise InputError(f"{uri}: no such file", hint="check the path") from exc
+        raise InputError(f"{storage.shown(uri)}: no such file", hint="check the path") from exc
     except (pa.ArrowException, OSError) as exc:
-        raise InputError(f"{uri}: cannot be read as {kind}: {exc}", hint="check that the file is whole") from exc
+        raise InputError(
+            f"{storage.shown(uri)}: cannot be read as {kind}: {exc}", hint="check that the file is whole"
+        ) from exc
 
 
 class Made(NamedTuple):
@@ -67,7 +70,7 @@ class Columns:
 
     def __init__(self, uri: str, schema: pa.Schema, images: tuple[str, ...]) -> None:
         if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
-            raise InputError(f"{uri}: two columns are named {twice[0]!r}", hint="rename one of them")
+            raise InputError(f"{storage.shown(uri)}: two columns are named {twice[0]!r}", hint="rename one of them")
         self._images = images
         self._plans = [_plan(index, field, images) for index, field in enumerate(schema)]
         self.left_out = [plan.name for plan in self._plans if plan.has_bytes and not plan.is_image]

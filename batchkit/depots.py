@@ -49,5 +49,10 @@ class _Depot:
     def settle(self, target: Path) -> None:
         s3.put_file(self._where(target), target)
 
+    def names_below(self, folder: Path) -> list[str]:
+        with contextlib.suppress(StorageError):  # nor list it
+            return [found.name for found in s3.listed(f"{self._where(folder)}/")]
+        return []
+
     def _where(self, target: Path) -> str:
         return f"{self.uri}/{target.relative_to(self._root).as_posix()}"

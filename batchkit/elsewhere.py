@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,18 +28,21 @@ from batchkit.storage import open_read, remove, write_whole
 
 BACKEND = "vllm"
 FOLDER = "presigned"
+SHOWN = 5
 GRACE_SECONDS = 300.0
 """After its URL has expired an upload that had begun goes on, and clocks differ."""
 
 
 class Gathered(msgspec.Struct, kw_only=True):
     """`outputs` were collected, with `responses` whole lines; `torn` of them ended in half a line. `expired` attempts
-    were closed without any. `busy`: another process holds a shard of which there is news."""
+    were closed without any. `faults` name what is not as it should be, `busy` is set where another process holds a
+    shard of which there is news."""
 
     outputs: int = 0
     responses: int = 0
     torn: int = 0
     expired: int = 0
+    faults: list[str] = []
     busy: RunBusyError | None = None
 
     def __str__(self) -> str:
@@ -49,7 +52,12 @@ class Gathered(msgspec.Struct, kw_only=True):
             parts.append(f"collected {self.responses:,} responses of {self.outputs:,} machines elsewhere{torn}")
         if self.expired:
             parts.append(f"{self.expired:,} attempts elsewhere have expired without an output: they are due again")
-        return "; ".join(parts)
+        more = [f"… and {len(self.faults) - SHOWN:,} more"] if len(self.faults) > SHOWN else []
+        return "\n  ".join(["; ".join(parts), *self.faults[:SHOWN], *more])
+
+    def note(self, run: Run, name: str, what: str) -> None:
+        next_step = f"batchkit presign {run.name} gives out, and submit sends, what has no response"
+        self.faults.append(f"{run.name}/{name}: {what}; {next_step}")
 
 
 # -- giving out ------------------------------------------------------------------------------------------------------
@@ -94,6 +102,11 @@ def renew(run: Run, shard: int, number: int, until: dt.datetime) -> Attempt:
 def open_in(run: Run, shard: int) -> list[Attempt]:
     """The attempts of a shard that are elsewhere now."""
     return [attempt for attempt in run.job(shard).attempts if attempt.state == "elsewhere"]
+
+
+def requests_out(run: Run, shards: Iterable[int]) -> int:
+    """How many requests are on machines elsewhere now."""
+    return sum(end - start for shard in shards for attempt in open_in(run, shard) for start, end in attempt.rows)
 
 
 def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path) -> None:
@@ -181,6 +194,7 @@ def _gather_shard(run: Run, shard: int, gathered: Gathered, *, close: bool) -> N
         if version is None:
             _close(run, attempt, f"its URLs expired at {place.expires}, and no output has come")
             gathered.expired += 1
+            gathered.note(run, place.output, f"has not come, and its URLs expired at {place.expires}")
         else:
             _collect(run, shard, attempt, run.fetch(output), gathered)
             place.version = version
@@ -221,7 +235,13 @@ def _collect(run: Run, shard: int, attempt: Attempt, output: Path, gathered: Gat
                 stream.write(line + b"\n")
     gathered.outputs += 1
     gathered.responses += count
-    gathered.torn += _is_torn(output)
+    torn = _is_torn(output)
+    gathered.torn += torn
+    asked = sum(end - start for start, end in attempt.rows)
+    if torn or len(new) < asked:
+        end = ", and ends in the middle of a line" if torn else ""
+        name = output.relative_to(run.path).as_posix()
+        gathered.note(run, name, f"has {len(new):,} of {asked:,} responses{end}")
 
 
 def _judged(path: Path) -> dict[str, bool]:

@@ -9,31 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from batchkit.albums import Album, ending_of
-from batchkit.errors import InputError, RowError, StorageError, UsageError
+from batchkit.albums import Album
+from batchkit.copies import Copies, Problem, is_request
+from batchkit.errors import InputError, StorageError, UsageError
 from batchkit.figures import OURS, Figures, Judged, Statistics
 from batchkit.flat import last_text
-from batchkit.images import MEDIA_TYPES, ImageOptions, load
 from batchkit.merging import merge
 from batchkit.progress import Progress, Silent
 from batchkit.runs import Run
 from batchkit.scores import Score
 from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines, shown, write_whole
 from batchkit.summaries import MAX_GROUPS
-from batchkit.truths import REASONING_FIELD, Names, Result, images_of_request, read_result
+from batchkit.truths import REASONING_FIELD, Names, Result, read_result
 
-AS_THEY_ARE = ImageOptions(media_types=frozenset(MEDIA_TYPES.values()))
-SHOWN = 5
 MARK = ".evaluation-by-batchkit"
 """A file in each folder that an evaluation was written to, or was to be."""
 _encode = msgspec.json.Encoder().encode
-_decode_request = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Entry(msgspec.Struct, kw_only=True):
@@ -96,14 +93,16 @@ def evaluate(
     truth_image_field: Sequence[str] = (),
     copy_images: bool = False,
     image_root: str | Path | None = None,
+    allow_private_hosts: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the results of `run`, or the ones in the file `results`, with their truths, and write three files.
 
     They go to `RUN/evaluation`, or to the folder `output`. A run without results is merged first. `by` are fields for
     whose values the accuracy is told apart; `answer_field` holds the truth (the one that `prepare` was told, unless
-    given). `copy_images` puts the images of each row beside the files. Nothing is replaced unless all of it was
-    written. Raises `InputError` for results that are none, `UsageError` for a field that no row has.
+    given). `copy_images` puts the images of each row beside the files; remote ones are those of the requests, or are
+    fetched, as `prepare` would (`allow_private_hosts`, too). Nothing is replaced unless all of it was written. Raises
+    `InputError` for results that are none, `UsageError` for a field that no row has.
     """
     if run is None and results is None:
         raise UsageError("name a RUN, or --results", hint="batchkit evaluate --help")
@@ -126,7 +125,9 @@ def evaluate(
     _refuse_foreign(folder)
     pass_over = _Pass(source, folder, names, Figures(by), by)
     if copy_images:
-        pass_over.copy_from(Path(image_root or options.get("image_root") or base).expanduser(), opened)
+        root = str(image_root or options.get("image_root") or (_parent(source) if is_remote(source) else base))
+        private = allow_private_hosts or bool(options.get("allow_private_hosts"))
+        pass_over.copy_from(root, opened, private_hosts=private)
     pass_over.run(progress or Silent())
     return Evaluation(
         folder=shown(folder),
@@ -134,9 +135,13 @@ def evaluate(
         statistics=pass_over.statistics,
         merged=merged,
         stale=opened is not None and not merged and results is None and _is_stale(opened, Path(source)),
-        lost=pass_over.lost,
-        first_lost=pass_over.first_lost,
+        lost=pass_over.copies.lost if pass_over.copies is not None else 0,
+        first_lost=pass_over.copies.first_lost if pass_over.copies is not None else [],
     )
+
+
+def _parent(uri: str) -> str:
+    return shown(uri).rpartition("/")[0]
 
 
 def _merge(run: Run) -> None:
@@ -188,39 +193,6 @@ def _is_stale(run: Run, results: Path) -> bool:
     return any(path.stat().st_mtime_ns > written for path in (run.path / "responses").glob("*.jsonl"))
 
 
-class _Requests:
-    """The requests of a run, read beside its results, which are in the same order."""
-
-    def __init__(self, run: Run) -> None:
-        self._lines = _requests_of(run)
-        self._next = next(self._lines, None)
-
-    def of(self, custom_id: Any) -> dict[str, Any] | None:
-        """The request of a row; None where it has none."""
-        if self._next is None or self._next[0] != custom_id:
-            return None
-        _, line = self._next
-        self._next = next(self._lines, None)
-        return _decode_request(line)
-
-
-def _requests_of(run: Run) -> Iterator[tuple[str, bytes]]:
-    for seal in run.seals():
-        path = run.requests_path(seal.shard)
-        if run.bytes_of(path) is None:
-            continue
-        with open_read(str(run.fetch(path))) as lines:
-            for line in lines:
-                yield _decode_id(line).custom_id, line
-
-
-class _Named(msgspec.Struct, gc=False):
-    custom_id: str
-
-
-_decode_id = msgspec.json.Decoder(_Named).decode
-
-
 class _Pass:
     """One reading of the results."""
 
@@ -234,19 +206,12 @@ class _Pass:
         self._answer_field: str | None = None
         self._models: dict[str, None] = {}
         self._album = Album(folder / "output_images")
-        self._root: Path | None = None
-        self._requests: _Requests | None = None
-        self._rows_name_rows = False
-        self.lost = 0
-        self.first_lost: list[str] = []
+        self.copies: Copies | None = None
         self.statistics: Statistics
 
-    def copy_from(self, root: Path, run: Run | None) -> None:
-        """Copy images, too; the paths of rows start at `root`. What is not in the rows is in the requests of `run`."""
-        self._root = root
-        self._requests = _Requests(run) if run is not None else None
-        # An image of VLMEvalKit may be that of another row, named by its index.
-        self._rows_name_rows = run is not None and run.manifest.options.get("input_format") == "vlmevalkit"
+    def copy_from(self, root: str, run: Run | None, *, private_hosts: bool) -> None:
+        """Copy images, too; the paths of rows start at `root`."""
+        self.copies = Copies(self._source, self._album, self._names, root=root, run=run, private_hosts=private_hosts)
 
     def run(self, progress: Progress) -> None:
         try:
@@ -268,10 +233,9 @@ class _Pass:
 
     def _write_entries(self, stream: IO[bytes], progress: Progress) -> None:
         opening = b"[\n"
-        with open_read(self._source) as lines:
-            for place, line in enumerate(read_lines(lines)):
-                result = read_result(line, f"{self._source}:{place + 1}")
-                stream.write(opening + _encode(self._entry(place, result)))
+        with contextlib.closing(self._problems()) as problems:
+            for place, problem in enumerate(problems):
+                stream.write(opening + _encode(self._entry(place, problem)))
                 opening = b",\n"
                 if place % 1000 == 999:
                     progress.update(1000)
@@ -279,7 +243,20 @@ class _Pass:
             raise InputError(f"{self._source}: has no results", hint="batchkit merge RUN")
         stream.write(b"\n]\n")
 
-    def _entry(self, place: int, result: Result) -> Entry:
+    def _problems(self) -> Generator[Problem]:
+        """The results, where images are copied each with those that its row was asked with."""
+        if self.copies is None:
+            yield from (Problem(result) for result in self._results())
+        else:
+            yield from self.copies.found(self._results())
+
+    def _results(self) -> Iterator[Result]:
+        with open_read(self._source) as lines:
+            for place, line in enumerate(read_lines(lines)):
+                yield read_result(line, f"{shown(self._source)}:{place + 1}")
+
+    def _entry(self, place: int, problem: Problem) -> Entry:
+        result = problem.result
         row, note = result.row, result.note
         field = self._names.answer_in(row)
         self._answer_field = self._answer_field or field
@@ -305,12 +282,12 @@ class _Pass:
         )
         return Entry(
             sample_id=place,
-            question=last_text(row) if _is_request(row) else self._names.question_in(row),
+            question=last_text(row) if is_request(row) else self._names.question_in(row),
             ground_truth_reasoning=row.get(self._names.reasoning),
             ground_truth_answer=row[field] if field is not None else None,
             ground_truth_images=self._names.truth_images_in(row),
             output_reasoning=result.raw,
-            output_images=self._images(place, note.get("custom_id"), row, images),
+            output_images=self._images(place, problem),
             num_reasoning_steps=result.steps,
             num_generated_images=len(images),
             custom_id=note.get("custom_id"),
@@ -318,47 +295,11 @@ class _Pass:
             right=right,
         )
 
-    def _images(self, place: int, custom_id: Any, row: dict[str, Any], made: list[str]) -> list[str]:
+    def _images(self, place: int, problem: Problem) -> list[str]:
         """The paths from the folder of the evaluation to the images that the model made; copied where that is asked."""
-        if self._root is None:
-            return [self._from_folder(name) for name in made]
-        for count, reference in self._asked_about(custom_id, row):
-            if is_remote(reference):
-                self._lose(place, f"image is a link, and is not downloaded: {reference[:200]}")
-                continue
-            try:
-                data = load(reference, self._root, AS_THEY_ARE).data
-            except RowError as exc:
-                self._lose(place, exc.message)
-                continue
-            self._album.add(place, f"problem_image_{count}.{ending_of(data)}", data)
-        return [self._copied(place, count, name) for count, name in enumerate(made, 1)]
-
-    def _asked_about(self, custom_id: Any, row: dict[str, Any]) -> list[tuple[int, str]]:
-        """The images that a row was asked with, by number: from the row, else from its request."""
-        request = self._requests.of(custom_id) if self._requests is not None else None
-        if _is_request(row):
-            request = row
-        in_row = self._names.images_in(row)
-        in_request = images_of_request(request) if request is not None else []
-        if in_request and (len(in_row) < len(in_request) or self._rows_name_rows):
-            return list(enumerate(in_request, 1))
-        return in_row
-
-    def _copied(self, place: int, count: int, name: str) -> str:
-        if is_remote(name):
-            return name
-        try:
-            data = (self._base / name).read_bytes()
-        except OSError as exc:
-            self._lose(place, f"image cannot be read: {name}: {exc.strerror}")
-            return self._from_folder(name)
-        return self._album.add(place, f"output_image_{count}{Path(name).suffix}", data)
-
-    def _lose(self, place: int, message: str) -> None:
-        self.lost += 1
-        if len(self.first_lost) < SHOWN:
-            self.first_lost.append(f"{self._source}:{place + 1}: {message}")
+        made = problem.result.images
+        copied = self.copies.copy(place, problem) if self.copies is not None else [None] * len(made)
+        return [self._from_folder(name) if new is None else new for name, new in zip(made, copied, strict=True)]
 
     def _from_folder(self, name: str) -> str:
         return name if is_remote(name) else os.path.relpath(self._base / name, self._folder)
@@ -383,10 +324,6 @@ class _Pass:
             evaluation_data="evaluation_data.json",
             statistics="statistics.json",
         )
-
-
-def _is_request(row: dict[str, Any]) -> bool:
-    return "body" in row and "custom_id" in row
 
 
 def _pretty(value: Any) -> bytes:

@@ -63,11 +63,7 @@ def is_run(uri: str) -> bool:
     """Whether `uri` names a run in a bucket, not an object."""
     if not s3.is_s3(uri):
         return Run.exists(uri) if "://" not in uri else False
-    try:
-        s3.look(f"{uri.rstrip('/')}/manifest.json")
-    except (s3.MissingError, s3.DeniedError):
-        return False
-    return True
+    return s3.version(f"{uri.rstrip('/')}/manifest.json") is not None
 
 
 @contextlib.contextmanager

@@ -7,14 +7,15 @@ import contextlib
 import io
 import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import xxhash
 
-from batchkit import schemas
+from batchkit import references, s3, schemas
 from batchkit.errors import InputError, UsageError
 from batchkit.merging import merge
 from batchkit.options import Backend
@@ -27,6 +28,8 @@ from batchkit.submission import submit
 from batchkit.tasks import BATCH_KEYS, DEFAULT_IMAGE_FIELD
 
 Id = str | int
+LOOKS = 16
+"""Objects that are looked at side by side."""
 RETRIED = frozenset({Verdict.FAILED, Verdict.EXPIRED, Verdict.MISSING})
 
 OURS_OF_PREPARE = {
@@ -65,10 +68,11 @@ def infer(
     asks again what failed. `prepare_options` and `submit_options` are those of `prepare` and `submit`;
     with a `response_schema` (a pydantic model, say) answers are the decoded JSON that matches it.
 
-    Everything is kept in the run directory `run` (one in the user's cache, named by the rows and the options, unless
-    given; there the sizes and times of image files count, too): called again, also after a kill, it asks only what has
-    no answer. Works on lists and iterators, in scripts
-    and in notebooks. Raises what `prepare`, `submit` and `merge` raise, and `InputError` for rows that it cannot take.
+    Everything is kept in the run directory `run`, which may be `s3://…`: called again, also after a kill, it asks only
+    what has no answer. Unless given, it is one in the user's cache, named by the rows, the options, and what the images
+    are now: the sizes and times of files, the ETags of objects in S3. Of `https://` images the address alone counts.
+    Works on lists and iterators, in scripts and in notebooks. Raises what `prepare`, `submit` and `merge` raise, and
+    `InputError` for rows that it cannot take.
     """
     _refuse_ours("prepare_options has", prepare_options or {}, OURS_OF_PREPARE)
     _refuse_ours("infer has no option", submit_options, OURS_OF_SUBMIT)
@@ -79,10 +83,8 @@ def infer(
         options["response_schema"] = schemas.load(options["response_schema"])
     if lines and not msgspec.json.decode(lines[0]).keys() >= BATCH_KEYS:  # requests name no files
         options.setdefault("image_root", str(Path.cwd()))
-    if run is not None and is_remote(str(run)):
-        raise UsageError(f"run={run}: a run of infer is a local folder in this version", hint="name a local folder")
-    folder = Path(run).expanduser().absolute() if run is not None else _cached(lines, model, backend, options)
-    tasks = folder.with_name(folder.name + ".tasks.jsonl")
+    folder = _folder(run) if run is not None else _cached(lines, model, backend, options)
+    tasks = f"{folder}.tasks.jsonl"
     _write_tasks(tasks, lines)
     prepare(tasks, folder, model=model, backend=backend, progress=progress, **options)
     submit(
@@ -150,48 +152,79 @@ def _chosen(positions: Mapping[Id, int], only: Iterable[Id]) -> frozenset[int]:
     return frozenset(chosen)
 
 
+def _folder(run: str | Path) -> str | Path:
+    if s3.is_s3(run):
+        return str(run).rstrip("/")
+    if is_remote(str(run)):
+        raise UsageError(f"run={run}: a run is a local folder, or in a bucket", hint="a folder, or s3://BUCKET/RUN")
+    return Path(run).expanduser().absolute()
+
+
 def _cached(lines: Sequence[bytes], model: str, backend: str, options: Mapping[str, Any]) -> Path:
     """A place in the user's cache that is the same for the same work."""
     import platformdirs
 
     digest = xxhash.xxh3_128(_encode([model, backend, sorted(options.items()), str(Path.cwd())]))
     names = options.get("image_field") or (DEFAULT_IMAGE_FIELD,)
-    root = Path(options.get("image_root", "."))
+    root = str(options.get("image_root", ".")).removesuffix("/")
+    versions = _object_versions(lines, names, root)
     for line in lines:
         digest.update(line)
-        digest.update(_file_states(line, names, root))
+        digest.update(_image_states(line, names, root, versions))
     folder = Path(platformdirs.user_cache_dir("batchkit")) / "infer"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / digest.hexdigest()[:20]
 
 
-def _file_states(line: bytes, names: Sequence[str], root: Path) -> bytes:
-    """Sizes and times of the image files that a row names: another picture behind the same path is another question."""
-    states = []
-    fields = msgspec.json.decode(line)
-    for name in names:
-        value = fields.get(name)
-        for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, str) and not path.startswith("data:"):
-                with contextlib.suppress(OSError, ValueError):
-                    stat = (root / path.removeprefix("file://")).stat()
-                    states.append((stat.st_size, stat.st_mtime_ns))
+def _image_states(line: bytes, names: Sequence[str], root: str, versions: Mapping[str, str | None]) -> bytes:
+    """What the images that a row names are now: another picture behind the same name is another question."""
+    states: list[Any] = []
+    for reference in _references(line, names):
+        if (uri := references.remote(reference, root)) is not None:
+            if uri in versions:
+                states.append(versions[uri])
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            stat = (Path(root) / reference.removeprefix("file://")).stat()
+            states.append((stat.st_size, stat.st_mtime_ns))
     return _encode(states)
 
 
-def _write_tasks(path: Path, lines: Sequence[bytes]) -> None:
+def _object_versions(lines: Sequence[bytes], names: Sequence[str], root: str) -> dict[str, str | None]:
+    """The ETags of all images in S3, each object asked for once; None for one that cannot be read: prepare says why."""
+    found = (references.remote(reference, root) for line in lines for reference in _references(line, names))
+    uris = list(dict.fromkeys(uri for uri in found if uri is not None and s3.is_s3(uri)))
+    with ThreadPoolExecutor(min(LOOKS, len(uris) or 1)) as pool:
+        return dict(zip(uris, pool.map(s3.version, uris), strict=True))
+
+
+def _references(line: bytes, names: Sequence[str]) -> Iterator[str]:
+    fields = msgspec.json.decode(line)
+    for name in names:
+        value = fields.get(name)
+        for reference in value if isinstance(value, list) else [value]:
+            if isinstance(reference, str) and not reference.startswith("data:"):
+                yield reference
+
+
+def _write_tasks(path: str, lines: Sequence[bytes]) -> None:
     data = b"".join(lines)
     if not data:
         raise InputError("there are no rows")
-    if not path.exists() or path.read_bytes() != data:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if s3.is_s3(path):
+        with contextlib.suppress(s3.MissingError):
+            if s3.get(path)[0] == data:
+                return
+        s3.put(path, data)
+    elif not Path(path).exists() or Path(path).read_bytes() != data:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as stream:
             stream.write(data)
 
 
 def _answers(run: Run, ids: Sequence[Id], wanted: frozenset[int] | None) -> dict[Id, Any]:
     answers = {}
-    with open(run.path / "results.jsonl", "rb") as stream:
+    with open(run.fetch(run.path / "results.jsonl"), "rb") as stream:
         for position, (row_id, line) in enumerate(zip(ids, stream, strict=True)):
             if wanted is None or position in wanted:
                 answers[row_id] = msgspec.json.decode(line)["parsed_answer"]

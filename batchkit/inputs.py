@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchkit import hf, jsonl, parquet, remotes, tables, vlmevalkit
+from batchkit import hf, jsonl, parquet, remotes, s3, tables, vlmevalkit, wildcards
 from batchkit.errors import InputError, RowError, UsageError
 from batchkit.options import InputFormat
 from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, shown, spots_checksum
@@ -106,7 +106,7 @@ class Source:
         """What the user should know of how the input is read."""
         notes = []
         if self.inferred and self.format in NAMES:
-            notes.append(f"{Path(self.uri).name} is read as {NAMES[self.format]}; --input-format says otherwise")
+            notes.append(f"{Path(shown(self.uri)).name} is read as {NAMES[self.format]}; --input-format says otherwise")
         left_out: list[str] = []
         if self.format == "parquet":
             left_out = parquet.columns_left_out(self.uri, self.images)
@@ -140,9 +140,11 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     try:
         uri.encode()
     except UnicodeEncodeError as exc:
-        shown = uri.encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"{shown}: the file's name is not UTF-8", hint="rename it") from exc
+        raise InputError(
+            f"{uri.encode('utf-8', 'backslashreplace').decode()}: the file's name is not UTF-8", hint="rename it"
+        ) from exc
     if not uri.startswith(hf.SCHEME):
+        _refuse_pattern(uri)
         if is_remote(uri):
             remotes.look(uri)  # for its errors, which say more than those of opening it
         else:
@@ -163,6 +165,18 @@ def open_source(tasks: str | Path, wanted: InputFormat = "auto", images: tuple[s
     return source
 
 
+def _refuse_pattern(uri: str) -> None:
+    """Raise `InputError` for a name with wildcards, unless it is that of a file."""
+    if uri.startswith(("http://", "https://")) or not wildcards.is_pattern(uri):
+        return
+    there = s3.version(uri) is not None if s3.is_s3(uri) else Path(uri.removeprefix("file://")).expanduser().exists()
+    if not there:
+        raise InputError(
+            f"{uri}: a run has one task file: wildcards stand for none here",
+            hint="put the files together first (cat part-*.jsonl > tasks.jsonl), or prepare a run of each",
+        )
+
+
 def _refuse_no_table(uri: str, wanted: InputFormat) -> None:
     """Raise `InputError` where a file that is to be read as a table is seen at once to be another."""
     if Path(uri).is_dir():
@@ -170,9 +184,11 @@ def _refuse_no_table(uri: str, wanted: InputFormat) -> None:
     with open_read(uri) as stream:
         start = stream.read(4096)
     if start.startswith(PARQUET_START):
-        raise InputError(f"{uri}: is a Parquet file, not {NAMES[wanted]}", hint="--input-format parquet")
+        raise InputError(f"{shown(uri)}: is a Parquet file, not {NAMES[wanted]}", hint="--input-format parquet")
     if _is_json_line(start.removeprefix(jsonl.BOM)):
-        raise InputError(f"{uri}: has a JSON object in its first line, not a header", hint="--input-format jsonl")
+        raise InputError(
+            f"{shown(uri)}: has a JSON object in its first line, not a header", hint="--input-format jsonl"
+        )
 
 
 def _guess(uri: str) -> InputFormat:

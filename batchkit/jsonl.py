@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchkit.errors import InputError, RowError
-from batchkit.storage import is_plain_local, open_read
+from batchkit.storage import is_plain_local, open_read, shown
 from batchkit.tasks import FILE_START, Place, Row, parse_object
 
 BOM = b"\xef\xbb\xbf"
@@ -65,9 +65,9 @@ def first_row(uri: str) -> dict[str, Any] | None:
     if first is None:
         return None
     if first.startswith(b"["):
-        raise InputError(f"{uri}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
+        raise InputError(f"{shown(uri)}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
     raise InputError(
-        f"{uri}: is not JSONL: line 1 begins with {first[:40].decode('utf-8', 'replace')!r}",
+        f"{shown(uri)}: is not JSONL: line 1 begins with {first[:40].decode('utf-8', 'replace')!r}",
         hint="JSONL has one JSON object a line; for other formats: --input-format csv, tsv, parquet or vlmevalkit",
     )
 
@@ -76,14 +76,16 @@ def _refuse_other_kind(uri: str, first: bytes) -> None:
     """Refuse what would only look like many bad rows, or have a few good ones by chance."""
     if b"\x00" in first[:200] or first.startswith((b"PAR1", b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
         raise InputError(
-            f"{uri}: is a binary file, not JSONL",
+            f"{shown(uri)}: is a binary file, not JSONL",
             hint="a compressed file is named .gz, .bz2, .xz or .zst; a Parquet file needs --input-format parquet",
         )
     if first == b"[":
-        raise InputError(f"{uri}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
+        raise InputError(f"{shown(uri)}: holds a JSON array, not one JSON object a line", hint=_jq(".[]", uri))
     if first == b"{":
-        raise InputError(f"{uri}: holds JSON spread over several lines, not one object a line", hint=_jq(".", uri))
+        raise InputError(
+            f"{shown(uri)}: holds JSON spread over several lines, not one object a line", hint=_jq(".", uri)
+        )
 
 
 def _jq(program: str, uri: str) -> str:
-    return f"jq -c '{program}' {shlex.quote(uri)} > tasks.jsonl"
+    return f"jq -c '{program}' {shlex.quote(shown(uri))} > tasks.jsonl"

@@ -60,7 +60,7 @@ class Ledger:
         try:
             database = sqlite3.connect(self._path, timeout=_PATIENCE_SECONDS, isolation_level=None)
         except sqlite3.Error as exc:
-            raise StorageError(f"{self._path}: cannot be opened: {exc}", hint="BATCHKIT_WORK_DIR=DIR") from exc
+            raise StorageError(f"{self._path}: cannot be opened: {exc}", hint="--work-dir DIR") from exc
         with contextlib.closing(database):
             try:
                 # What a power cut takes of it is pulled again.
@@ -71,5 +71,5 @@ class Ledger:
             except sqlite3.Error as exc:
                 raise StorageError(
                     f"{self._path}: cannot be written: {exc}",
-                    hint="free some disk space, or name another place: BATCHKIT_WORK_DIR=DIR",
+                    hint="free some disk space, or name another place: --work-dir DIR",
                 ) from exc

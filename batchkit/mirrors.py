@@ -82,7 +82,7 @@ class Mirror:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}", hint="BATCHKIT_WORK_DIR=DIR") from exc
+            raise StorageError(f"{root}: cannot be made: {exc.strerror or exc}", hint="--work-dir DIR") from exc
         self._ledger = Ledger(root)
         self.tenure = Tenure(uri, self._ledger.copy)
         self._growth = Growth(self._where, self.tenure.check)
@@ -280,6 +280,9 @@ class Mirror:
                 f"{where}: another process has changed it", hint="wait for that to end, and run this again"
             ) from exc
 
+    def names_below(self, folder: Path) -> list[str]:
+        return [found.name for found in s3.listed(f"{self.uri}/{self._name(folder)}/")]
+
     # -- names -------------------------------------------------------------------------------------------------------
 
     def _remove_parts(self, name: str) -> None:
@@ -307,7 +310,7 @@ class Mirror:
         except OSError as exc:
             raise StorageError(
                 f"{path}: cannot be written: {exc.strerror or exc}",
-                hint="free some disk space, or BATCHKIT_WORK_DIR=DIR",
+                hint="free some disk space, or --work-dir DIR",
             ) from exc
         finally:
             aside.unlink(missing_ok=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from batchkit import ranges
 from batchkit.columns import Columns, told
 from batchkit.errors import InputError, UsageError
-from batchkit.storage import is_plain_local, is_remote, shown
+from batchkit.ranges import RemoteFile
+from batchkit.storage import COMPRESSED, is_remote, shown
 from batchkit.tasks import FILE_START, Place, Row
 
 if TYPE_CHECKING:
@@ -50,12 +52,12 @@ def open_file(uri: str) -> Iterator[pq.ParquetFile]:
         import pyarrow.parquet as pq
     except ImportError as exc:
         raise UsageError("reading Parquet needs pyarrow", hint="pip install 'batchkit-vlm[parquet]'") from exc
-    if is_remote(uri):
-        raise InputError(f"{shown(uri)}: Parquet is read from local files in this version", hint="download it first")
-    if not is_plain_local(uri):
-        raise InputError(f"{uri}: a Parquet file is not compressed as a whole", hint="decompress it first")
+    if shown(uri).endswith(COMPRESSED):
+        raise InputError(f"{shown(uri)}: a Parquet file is not compressed as a whole", hint="decompress it first")
+    source: Any = RemoteFile(uri) if is_remote(uri) else Path(uri)
+    buffer = ranges.BUFFER_BYTES if is_remote(uri) else BUFFER_BYTES
     with told(uri, "Parquet"):
-        file = pq.ParquetFile(Path(uri), buffer_size=BUFFER_BYTES, pre_buffer=False)
+        file = pq.ParquetFile(source, buffer_size=buffer, pre_buffer=False)
     with file:
         yield file
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from batchkit import remotes
+from batchkit import remotes, s3, wildcards
 from batchkit.errors import InputError, RowError, UsageError
 from batchkit.flat import FlatEncoder, FlatFields, check_flat, default_ids
 from batchkit.inputs import Source, open_source
@@ -27,7 +27,7 @@ from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, gist, parse
 from batchkit.results import ResultEncoder
 from batchkit.spills import Partitions, merge_numbered, numbered, write_lines
-from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines
+from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines, shown
 from batchkit.summaries import Summary
 from batchkit.tasks import parse_object
 
@@ -81,8 +81,6 @@ def merge_pile(
     """
     if output is None:
         raise UsageError("results of files that no run knows need a name", hint="-o results.jsonl")
-    for uri in filter(is_remote, map(str, responses)):
-        remotes.look(uri)  # for its errors, which say more than those of opening it
     source = open_source(tasks)
     parse = parse or "text"
     encoder: Encoder = ResultEncoder(parse=parse, prefix=prefix)
@@ -111,7 +109,7 @@ def _find(patterns: Sequence[str | Path], own: Sequence[Path]) -> list[str]:
     found: dict[str, None] = {}
     for pattern in map(str, patterns):
         if is_remote(pattern):
-            found[pattern] = None
+            found |= dict.fromkeys(_find_remote(pattern, {str(shown(path)) for path in own}))
             continue
         path = Path(pattern.removeprefix("file://")).expanduser()
         matches = [path] if path.is_file() else _glob(str(path))
@@ -120,6 +118,16 @@ def _find(patterns: Sequence[str | Path], own: Sequence[Path]) -> list[str]:
             raise InputError(f"{pattern}: no such file", hint="quote patterns: --responses 'out/*.jsonl'")
         found |= {str(match.resolve()): None for match in matches if match == path or match.resolve() not in own_paths}
     return list(found)
+
+
+def _find_remote(pattern: str, own: set[str]) -> list[str]:
+    if not s3.is_s3(pattern) or not wildcards.is_pattern(pattern):
+        remotes.look(pattern)  # for its errors, which say more than those of opening it
+        return [pattern]
+    found = [name for name in wildcards.matching(pattern) if name == pattern or name not in own]
+    if not found:
+        raise InputError(f"{pattern}: no such object", hint="** stands for any folders: s3://BUCKET/out/**/*.jsonl")
+    return found
 
 
 def _glob(pattern: str) -> list[Path]:

@@ -139,7 +139,7 @@ def _settle(tasks: str | Path, keywords: PrepareKeywords) -> tuple[Source, Prepa
     """The input and the checked options, with the input format decided."""
     source = open_source(tasks, keywords.get("input_format", "auto"), keywords.get("image_field"))
     if source.first is None:
-        raise InputError(f"{source.uri}: has no rows", hint="check the path: the file is empty")
+        raise InputError(f"{shown(source.uri)}: has no rows", hint="check the path: the file is empty")
     batch_format = source.format == "batch"
     if "model" not in keywords or not keywords["model"]:
         body = source.first.get("body") if batch_format else None
@@ -184,7 +184,7 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
     if options.image_root is not None and references.is_remote(options.image_root):
-        return shown(options.image_root).rstrip("/")
+        return shown(options.image_root).removesuffix("/")
     if options.image_root is None and is_remote(source.uri) and source.format != "hf":
         return shown(source.uri).rpartition("/")[0]
     root = Path(options.image_root).expanduser().absolute() if options.image_root is not None else source.folder
@@ -352,7 +352,7 @@ def _rejection(uri: str, row: Row, done: Converted) -> Rejection | None:
     """None for a row that was not rejected."""
     if done.request is not None or done.same_as is not None:
         return None
-    name = Path(uri).name
+    name = Path(shown(uri)).name
     return Rejection(
         position=row.position,
         line=row.line,

@@ -55,6 +55,7 @@ class Signer:
         end, known = _end_of_credentials(uri, now)
         wanted = now + dt.timedelta(seconds=seconds or USUAL_SECONDS)
         self.until = wanted + dt.timedelta(seconds=1)  # URLs hold whole seconds, rounded down
+        self._is_wanted = seconds is not None and (end is None or self.until <= end)
         if end is None or wanted <= end:
             self.until = min(self.until, end or self.until)
             return
@@ -84,6 +85,8 @@ class Signer:
         if not key:
             raise UsageError(f"{uri}: names no object", hint="s3://BUCKET/KEY")
         seconds = int((self.until - dt.datetime.now(dt.UTC)).total_seconds())
+        if seconds < 1 and self._is_wanted:
+            raise UsageError(f"{uri}: the time is over before all is signed", hint="--expires 12h")
         if seconds < 1:
             raise CredentialsError(f"{uri}: the credentials have expired", hint=f"renew them: {s3.GET_CREDENTIALS}")
         with s3.translated(uri, "read"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 import re
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -18,7 +17,8 @@ def is_remote(reference: str) -> bool:
 
 
 def remote(reference: str | bytes, root: str) -> str | None:
-    """The address of an image, where it is remote: as the row has it, or a relative path below a remote `root`."""
+    """The address of an image, where it is remote: as the row has it, or a relative path below a remote `root`, which
+    has no slash at its end."""
     if isinstance(reference, bytes):
         return None
     if is_remote(reference):
@@ -26,10 +26,21 @@ def remote(reference: str | bytes, root: str) -> str | None:
     if not is_remote(root) or reference.startswith(("/", "data:")) or "://" in reference:
         return None
     if root.startswith("s3://"):
-        bucket, _, prefix = root.removeprefix("s3://").partition("/")
-        key = posixpath.normpath(posixpath.join("/", prefix, reference)).lstrip("/")
-        return f"s3://{bucket}/{key}"
+        return _below(root, reference)
     return urljoin(root.rstrip("/") + "/", quote(reference))
+
+
+def _below(root: str, path: str) -> str:
+    """The object that a path names. In a key every slash counts, also the second of two; `.` and `..` mean what they
+    do in paths, and lead out of no bucket."""
+    bucket, *above = root.removeprefix("s3://").split("/")
+    key: list[str] = []
+    for part in (*above, *path.split("/")):
+        if part == "..":
+            del key[-1:]
+        elif part != ".":
+            key.append(part)
+    return f"s3://{bucket}/{'/'.join(key)}"
 
 
 def may_be_remote(raw: bytes) -> bool:

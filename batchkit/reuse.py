@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from batchkit import outcomes
+from batchkit import elsewhere, outcomes
 from batchkit.answers import ParseError, parser
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError, UsageError
@@ -120,6 +120,7 @@ class KnownAnswers:
 
     def _read(self, number: int, run: Run, progress: Progress) -> None:
         requests = answers = lost = unfit = 0
+        _gather(run, progress)
         for seal in run.seals():
             requests += seal.requests
             answered = _answered(outcomes.load(run, seal))
@@ -166,6 +167,19 @@ class KnownAnswers:
         select = "SELECT run FROM answers WHERE request = ? AND row = ''"
         if self._index.execute(select, (request,)).fetchone() == (place[0],):
             self._index.execute(insert, (request, row, *place))
+
+
+def _gather(run: Run, progress: Progress) -> None:
+    """Collect what machines elsewhere have answered; a run that may only be read is taken as it is."""
+    try:
+        gathered = elsewhere.gather(run, {seal.shard: seal for seal in run.seals()}, close=False)
+    except StorageError as exc:
+        progress.say(f"{run.name}: what came from machines elsewhere is not collected: {exc.message}")
+        return
+    if text := str(gathered):
+        progress.say(f"{run.name}: {text}")
+    if gathered.busy is not None:
+        progress.say(f"{gathered.busy.message}: what came for it from elsewhere is not collected")
 
 
 def _row(custom_id: str) -> str:

@@ -48,6 +48,9 @@ class Follower(Protocol):
     def settle(self, target: Path) -> None:
         """Nothing more will be appended: it is whole there when this returns."""
 
+    def names_below(self, folder: Path) -> list[str]:
+        """What there is below a folder on the other side, relative to it."""
+
 
 _followers: dict[Path, Follower] = {}
 
@@ -149,12 +152,21 @@ def _open(uri: str) -> BinaryIO:
     ending = Path(shown(uri)).suffix  # a signed URL ends in its signature
     codec = ending if ending in COMPRESSED else "disable"
     try:
-        stream = smart_open.open(uri, "rb", compression=codec)
+        stream = smart_open.open(uri, "rb", compression=codec, transport_params=_transport(uri))
     except Exception as exc:
         if not is_remote(uri):
             raise
         raise InputError(f"{shown(uri)}: cannot be opened: {_why(exc, uri)}", hint="check the name") from exc
     return io.BufferedReader(_Reader(uri, stream), BUFFER_BYTES)
+
+
+def _transport(uri: str) -> dict[str, Any]:
+    """A client as the environment is now: smart_open's own keeps the credentials that it has seen first."""
+    if not uri.startswith("s3://"):
+        return {}
+    import boto3
+
+    return {"client": boto3.session.Session().client("s3")}
 
 
 def _why(exc: Exception, uri: str) -> str:

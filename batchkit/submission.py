@@ -120,6 +120,7 @@ def submit(
             with _runner(run, feed, replicas, engine_args, ray) as runner:
                 _tell_recovered(sessions.recover(run, feed.seals), progress)
                 report = _run_engines(run, feed, runner, progress, settings=common)
+    report.elsewhere = min(report.in_flight, elsewhere.requests_out(run, (seal.shard for seal in feed.chosen)))
     report.seconds = time.monotonic() - began
     return report
 
@@ -131,11 +132,7 @@ def _runner(run: Run, feed: Feed, replicas: int, args: Sequence[str], ray: str |
     if ray is None:
         yield vllm.Vllm(model=run.manifest.model, replicas=replicas, args=args, pooling=task)
         return
-    if task is not None:
-        raise UsageError(
-            f"{run.manifest.url} does not go to a Ray cluster in this version", hint="leave --ray out, or use --shards"
-        )
-    with vllm_ray.running(ray, model=run.manifest.model, replicas=replicas, args=args) as runner:
+    with vllm_ray.running(ray, model=run.manifest.model, replicas=replicas, args=args, pooling=task) as runner:
         yield runner
 
 

@@ -18,7 +18,7 @@ import msgspec
 from batchkit.errors import InputError
 from batchkit.inline_images import detach
 from batchkit.jsonl import BOM
-from batchkit.storage import is_plain_local, open_read
+from batchkit.storage import is_plain_local, open_read, shown
 from batchkit.tasks import FILE_START, Place, Row
 
 FIELD_LIMIT = 1 << 28
@@ -73,20 +73,27 @@ def read_header(uri: str, *, tabs: bool) -> Header:
         try:
             names = next(csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True), [])
         except csv.Error as exc:
-            hint = f"tr '\\r' '\\n' < {uri} > mended.csv" if first.count("\r") > 1 else "check the file's first line"
-            raise InputError(f"{uri}:1: the header cannot be read: {_broken_rule(exc)}", hint=hint) from exc
+            hint = (
+                f"tr '\\r' '\\n' < {shown(uri)} > mended.csv"
+                if first.count("\r") > 1
+                else "check the file's first line"
+            )
+            raise InputError(f"{shown(uri)}:1: the header cannot be read: {_broken_rule(exc)}", hint=hint) from exc
     if not first:
-        raise InputError(f"{uri}: has no rows", hint="check the path: the file is empty")
+        raise InputError(f"{shown(uri)}: has no rows", hint="check the path: the file is empty")
     if lines.broken or "\x00" in first:
         raise InputError(
-            f"{uri}: its first line is not UTF-8 text", hint=f"iconv -f utf-16 -t utf-8 {uri} > mended.csv"
+            f"{shown(uri)}: its first line is not UTF-8 text",
+            hint=f"iconv -f utf-16 -t utf-8 {shown(uri)} > mended.csv",
         )
     if not any(name.strip() for name in names):
-        raise InputError(f"{uri}: its first line names no column", hint="the first line of a table is its header")
+        raise InputError(
+            f"{shown(uri)}: its first line names no column", hint="the first line of a table is its header"
+        )
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise InputError(f"{uri}: two columns are named {twice[0]!r}", hint="rename one of them")
+        raise InputError(f"{shown(uri)}: two columns are named {twice[0]!r}", hint="rename one of them")
     if not tabs and len(names) == 1 and "\t" in first:
-        raise InputError(f"{uri}: its columns are separated by tabs", hint="--input-format tsv")
+        raise InputError(f"{shown(uri)}: its columns are separated by tabs", hint="--input-format tsv")
     return Header(tuple(names), delimiter, Place(0, lines.line, lines.offset))
 
 
@@ -138,14 +145,15 @@ def _first_line(
     behind that line. Raises `InputError` where that is too far back."""
     if "field limit" in str(exc):
         raise InputError(
-            f"{uri}:{line}: a field has more than {FIELD_LIMIT:,} characters", hint="is a quote not closed there?"
+            f"{shown(uri)}:{line}: a field has more than {FIELD_LIMIT:,} characters",
+            hint="is a quote not closed there?",
         ) from exc
     why = _broken_rule(exc)
     if lines.line > line + 1:
         why = "a quote is opened in this row and not closed properly"
         if not lines.go_back():
             raise InputError(
-                f"{uri}:{line}: {why}: {lines.line - line:,} lines were read in search of its end",
+                f"{shown(uri)}:{line}: {why}: {lines.line - line:,} lines were read in search of its end",
                 hint="close it, or double it if it is a part of the text",
             ) from exc
     try:

@@ -16,7 +16,7 @@ import msgspec
 
 from batchkit.errors import InputError
 from batchkit.inline_images import SHORTEST, Images, as_source, detach, images_in, is_inline, split_list
-from batchkit.storage import is_plain_local
+from batchkit.storage import is_plain_local, shown
 from batchkit.tables import Header, read_cells, read_header
 from batchkit.tasks import FILE_START, Place, Row
 
@@ -59,7 +59,7 @@ def read_rows(uri: str, *, images: tuple[str, ...], start: Place = FILE_START) -
     header = read_header(uri, tabs=True)
     if not is_vlmevalkit(header):
         raise InputError(
-            f"{uri}: has not the columns of VLMEvalKit (index, question, and image or image_path)",
+            f"{shown(uri)}: has not the columns of VLMEvalKit (index, question, and image or image_path)",
             hint="--input-format tsv reads any table",
         )
     others = _Others(uri, header)
@@ -124,7 +124,8 @@ class _Others:
             return None
         if not is_plain_local(self._uri):
             raise InputError(
-                f"{self._uri}: rows refer to the images of other rows, which a compressed file cannot be searched for",
+                f"{shown(self._uri)}: rows refer to the images of other rows, which a compressed file cannot be "
+                "searched for",
                 hint="decompress it first",
             )
         line, start = found

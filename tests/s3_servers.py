@@ -78,11 +78,14 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def refusing(status: int, code: str) -> Iterator[str]:
-    """A server that answers every GET with one error, as S3 words it: for what no real one does on request."""
+    """A server that answers every GET and HEAD with one error, as S3 words it: for what no real one does on request."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
             pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -90,7 +93,8 @@ def refusing(status: int, code: str) -> Iterator[str]:
             self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

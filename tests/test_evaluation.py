@@ -530,10 +530,10 @@ def test_images_that_are_not_in_the_rows_are_copied_from_the_requests(tmp_path: 
     assert copied["2/problem_image_1.png"] == (RED if name == "t.tsv" else BLUE)
 
 
-def test_images_of_rows_that_are_requests_are_copied_and_links_are_named(
+def test_images_of_rows_that_are_requests_are_copied_and_links_that_may_not_be_fetched_are_named(
     write_tasks: WriteTasks, tmp_path: Path
 ) -> None:
-    away = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+    away = {"type": "image_url", "image_url": {"url": "https://127.0.0.1:9/b.png?X-Amz-Signature=a-secret"}}
     body = {"model": "m", "messages": [{"role": "user", "content": [text("?"), away, part(RED)]}]}
     tasks = write_tasks([{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}])
     call("prepare", tasks, tmp_path / "run", "--model", "m")
@@ -542,7 +542,8 @@ def test_images_of_rows_that_are_requests_are_copied_and_links_are_named(
     folder = tmp_path / "run" / "evaluation"
     assert files_in(folder / "output_images") == {"0/problem_image_2.png": RED}
     assert found.lost == 1
-    assert "is a link" in found.first_lost[0]
+    assert "https://127.0.0.1:9/b.png: 127.0.0.1 is 127.0.0.1, which is not a public address" in found.first_lost[0]
+    assert "a-secret" not in found.first_lost[0]
 
 
 def test_bagel_images_keep_their_numbers(tmp_path: Path) -> None:

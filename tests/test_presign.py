@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -252,12 +253,20 @@ def test_a_half_written_output_is_only_its_own_missing_rows(
     script = presign(run, tmp_path)
     machine.run(script, 0, half=half)
     machine.run(script, 1, 2)
+    merged = call("merge", run.name)
+    (output,) = [name for name in bucket.names("runs/one/presigned/") if "/00000." in name]
+    told = re.search(
+        re.escape(bucket.uri(output)) + r": has (\d) of 10 responses(, and ends in the middle)?", merged.stderr
+    )
+    assert told is not None, merged.stderr
+    assert f"batchkit presign {run.name} gives out, and submit sends, what has no response" in merged.stderr
     summary = merge(run.name)
     kept = {0.5: 5, 0.0: 0, 0.999: 9}[half] if half else 0
     found = summary.verdicts
     assert found[Verdict.ANSWERED] in (20 + kept, 20 + kept - 1)  # lines are not all of one length
     assert found[Verdict.MISSING] == 30 - found[Verdict.ANSWERED]
     lost = found[Verdict.MISSING]
+    assert int(told[1]) == 10 - lost
     again = presign(Run.open(run.name), tmp_path)
     before = len(machine.asked)
     machine.run(again)
@@ -293,6 +302,11 @@ def test_what_has_expired_is_due_again_and_a_late_output_is_still_taken(
     run = prepared(bucket)
     script = presign(run, tmp_path)
     expire(run, 0)
+    output = Run.open(run.name).job(0).attempts[0].elsewhere
+    assert output is not None
+    merged = call("merge", run.name)
+    assert f"{run.name}/{output.output}: has not come, and its URLs expired at 20" in merged.stderr
+    assert f"batchkit presign {run.name} gives out" in merged.stderr
     status = reporting.status(run.name)
     assert [batch.attempt for batch in status.batches] == ["00001.1", "00002.1"]
     second = json.loads(call("presign", run.name, "--format", "json").stdout)
@@ -332,6 +346,69 @@ def test_cancel_makes_it_due_again_and_no_resume_asks_for_that_first(
     machine.run(script, 0)
     assert verdicts(run) == {"answered": 10, "pending": 20}
     assert cancelling.cancel(run.name).given_up == 3  # one of these has all its answers of another
+
+
+def test_what_is_given_out_is_never_said_to_be_at_a_provider(
+    bucket: Bucket, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(bucket)
+    script = presign(run, tmp_path, "--shards", "1/3")
+    install_fake(monkeypatch)
+    Fake(tmp_path, monkeypatch)
+    submitted = call("submit", run.name)
+    assert submitted.exit_code == 8, submitted.output
+    assert "10 requests on machines elsewhere, which presign gave out" in submitted.stderr
+    machine.run(script)
+    cancelled = call("cancel", run.name)
+    assert "collected 10 responses" in cancelled.stderr
+    assert not any("provider" in done.output or "batches" in done.output for done in (submitted, cancelled))
+
+
+def test_reuse_of_a_run_collects_first_what_has_come_from_elsewhere(
+    bucket: Bucket, machine: Machine, tmp_path: Path
+) -> None:
+    run = prepared(bucket)
+    machine.run(presign(run, tmp_path), 0, 1)
+    bucket.on("second")
+    again = call("prepare", bucket.uri("in/tasks.jsonl"), tmp_path / "again", "--model", "org/m", "--reuse", run.name)
+    assert again.exit_code == 0, again.output
+    assert f"{run.name}: collected 20 responses of 2 machines elsewhere" in again.stderr
+    assert f"reused 20 answers of {run.name}" in again.stderr
+    assert "10 requests to send" in again.stderr
+    assert verdicts(run) == {"answered": 20, "pending": 10}  # what is out there still is left alone
+
+
+def test_reuse_of_a_run_that_may_only_be_read_says_what_is_not_collected(
+    bucket: Bucket, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(bucket)
+    machine.run(presign(run, tmp_path), 0)
+
+    def refuse(uri: str, *_: Any, **__: Any) -> str:
+        raise s3.DeniedError(f"{uri}: access denied: these credentials may not write it")
+
+    bucket.on("second")
+    monkeypatch.setattr(s3, "put", refuse)
+    monkeypatch.setattr(s3, "put_file", refuse)
+    again = call("prepare", bucket.uri("in/tasks.jsonl"), tmp_path / "again", "--model", "org/m", "--reuse", run.name)
+    assert again.exit_code == 0, again.output
+    assert f"{run.name}: what came from machines elsewhere is not collected: s3://" in again.stderr
+    assert "30 requests of 30 rows" in again.stderr
+
+
+def test_whatever_is_given_out_anew_has_a_name_that_was_never_given_out(bucket: Bucket, tmp_path: Path) -> None:
+    run = prepared(bucket)
+    outputs = []
+    for undo in (lambda: expire(run, 0), lambda: call("cancel", run.name), lambda: None):
+        given = json.loads(call("presign", run.name, "--shards", "1/3", "--format", "json").stdout)
+        outputs += [urlsplit(entry["output"]).path for entry in given]
+        undo()
+    call("cancel", run.name)
+    assert discard(run.name) == 0
+    given = json.loads(call("presign", run.name, "--shards", "1/3", "--format", "json").stdout)
+    outputs += [urlsplit(entry["output"]).path for entry in given]
+    assert given[0]["attempt"] == 1  # as the first
+    assert len(outputs) == len(set(outputs)) == 4
 
 
 def test_discard_forgets_what_came_from_elsewhere(bucket: Bucket, machine: Machine, tmp_path: Path) -> None:

@@ -168,6 +168,18 @@ def test_two_replicas_share_the_work(address: str, fake: FarFake, make_run: Make
     assert submit(run, ray=address).sent == 0
 
 
+def test_a_model_that_embeds_is_started_as_such_on_the_machines_of_the_cluster(
+    address: str, fake: FarFake, tmp_path: Path, seen: list[vllm_ray.RayVllm]
+) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"id": n, "question": f"{n}?"}) + "\n" for n in range(20)))
+    prepare(tasks, tmp_path / "run", model="m", url="/v1/embeddings", workers=1)
+    report = submit(tmp_path / "run", ray=address)
+    assert report.responses == 20
+    (runner,) = seen
+    assert any("vLLM gets --runner pooling: the requests ask for no text" in note for note in runner.notes)
+
+
 def test_inputs_and_outputs_travel_in_pieces(
     address: str, fake: FarFake, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -550,6 +550,35 @@ def test_addresses_are_shown_without_what_is_secret() -> None:
     assert remote("/local/a.png", "s3://b/set") is None
 
 
+@pytest.mark.parametrize(
+    ("root", "name", "address"),
+    [
+        ("s3://b/set", "deep//er/x.png", "s3://b/set/deep//er/x.png"),
+        ("s3://b/set/", "x.png", "s3://b/set//x.png"),  # of a task file s3://b/set//tasks.jsonl
+        ("s3://b", "x.png", "s3://b/x.png"),
+        ("s3://b/set", "./a/../c.png", "s3://b/set/c.png"),
+        ("s3://b/set", "../../../x.png", "s3://b/x.png"),
+    ],
+)
+def test_relative_names_below_a_bucket_keep_their_slashes_and_lead_out_of_no_bucket(
+    root: str, name: str, address: str
+) -> None:
+    assert remote(name, root) == address
+
+
+def test_a_key_with_two_slashes_is_found_beside_its_task_file(
+    bucket: str, png: bytes, write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    for folder in (f"s3://{bucket}/set", f"s3://{bucket}/set/"):
+        s3.put(f"{folder}/a//b.png", png + folder.encode())
+        s3.put(f"{folder}/tasks.jsonl", json.dumps({"image": "a//b.png", "question": "?"}).encode())
+        run = tmp_path / f"run{len(folder)}"
+        prepared(f"{folder}/tasks.jsonl", run)
+        prepared(write_tasks([{"image": "a//b.png", "question": "?"}]), run / "other", image_root=f"{folder}/")
+        for one in (run, run / "other"):
+            assert images_of(sent(one)[0]) == [png + folder.encode()]
+
+
 # -- signatures ------------------------------------------------------------------------------------------------------
 
 

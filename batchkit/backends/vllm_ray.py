@@ -48,14 +48,18 @@ class _Slot:
 
 
 class RayVllm:
-    """The engines of one `submit` on a cluster, one actor for each replica. Made by `running`."""
+    """The engines of one `submit` on a cluster, one actor for each replica. Made by `running`. `pooling` as for
+    `Vllm`."""
 
-    def __init__(self, ray: Any, address: str, *, model: str, replicas: int, args: Sequence[str]) -> None:
+    def __init__(
+        self, ray: Any, address: str, *, model: str, replicas: int, args: Sequence[str], pooling: str | None
+    ) -> None:
         if replicas < 1:
             raise UsageError("--replicas must be at least 1")
         vllm_install.refuse_ours(args)
         self.args = tuple(args)
         self._model = model
+        self._pooling = pooling
         self._ray = ray
         self._address = address
         self._need, room = _fit(clusters.nodes(ray), replicas, vllm_install.group_size(args), address)
@@ -127,7 +131,10 @@ class RayVllm:
 
     def _new_slot(self) -> _Slot:
         make = self._ray.remote(Replica).options(**self._need, scheduling_strategy="SPREAD", max_restarts=0)
-        return _Slot(make.remote(model=self._model, args=self.args, environment=self._environment))
+        given: dict[str, Any] = {"model": self._model, "args": self.args, "environment": self._environment}
+        if self._pooling is not None:
+            given["pooling"] = self._pooling
+        return _Slot(make.remote(**given))
 
     def _greet(self, place: _Slot) -> dict[str, Any] | None:
         """What the actor says of itself; None where it has died. Raises `EngineError` where it cannot be used."""
@@ -164,7 +171,9 @@ class RayVllm:
 
 
 @contextlib.contextmanager
-def running(address: str, *, model: str, replicas: int, args: Sequence[str]) -> Iterator[RayVllm]:
+def running(
+    address: str, *, model: str, replicas: int, args: Sequence[str], pooling: str | None = None
+) -> Iterator[RayVllm]:
     """A `RayVllm` on the cluster at `address`; its actors are ended behind the block.
 
     Raises `UsageError` and `EngineError`, which say what is missing: Ray, the cluster, room in it, batchkit or vLLM on
@@ -173,7 +182,7 @@ def running(address: str, *, model: str, replicas: int, args: Sequence[str]) -> 
     with clusters.connected(address) as ray:
         runner: RayVllm | None = None
         try:
-            runner = RayVllm(ray, address, model=model, replicas=replicas, args=args)
+            runner = RayVllm(ray, address, model=model, replicas=replicas, args=args, pooling=pooling)
             yield runner
         finally:
             if runner is not None:

@@ -31,14 +31,16 @@ PIECE_BYTES = 8_000_000
 class Replica:
     """One engine at a time. Answers are plain values, so that another version of batchkit can read them."""
 
-    def __init__(self, *, model: str, args: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, *, model: str, args: Sequence[str], environment: Mapping[str, str], pooling: str | None = None
+    ) -> None:
         os.environ.update(environment)
         self._folder: Path | None = None
         self._engine: processes.Engine | None = None
         self._runner: Vllm | None = None
         self._error: dict[str, str | None] | None = None
         try:
-            self._runner = Vllm(model=model, args=args)
+            self._runner = Vllm(model=model, args=args, pooling=pooling)
         except BatchkitError as exc:
             self._error = {"message": exc.message, "hint": exc.hint}
 
