@@ -122,6 +122,13 @@ prepare_options = add_options(
         help="For score and rerank: a text or a list of them. [default: documents]",
     ),
     click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
+    click.option(
+        "--images",
+        type=click.Choice(["inline", "link"]),
+        default="inline",
+        show_default=True,
+        help="link: requests name images by their addresses, and submit resolves them: small shards.",
+    ),
     click.option("--max-side", type=click.IntRange(1), metavar="PIXELS", help="Shrink images to this longer side."),
     click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Shrink images to this area."),
     click.option(
@@ -187,6 +194,11 @@ submit_options = add_options(
         default="run-batch",
         show_default=True,
         help="vLLM's batch runner, or its server: slower to start many small jobs, responses on the disk as they come.",
+    ),
+    click.option(
+        "--presign",
+        is_flag=True,
+        help="Of a run with --images link: images in S3 go as signed URLs, not as base64.",
     ),
     click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
 )

@@ -10,6 +10,7 @@ from batchkit import gemini_requests, images, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
+from batchkit.links import Link, link_to
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.placeholders import Place
@@ -24,8 +25,9 @@ OUR_NAMES_SET = frozenset(OUR_NAMES)
 class Converted(NamedTuple):
     """What became of a row: `request` without a line feed, or `code` and `message` of a rejection.
 
-    `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
-    where a provider bills them; `fingerprint` is that of the request, where answers of other runs are reused.
+    `names` are those of our result fields that the row already uses; `pixels` sums its images, of `links` as a guess.
+    `tokens` are estimated where a provider bills them; `fingerprint` is that of the request, where answers of other
+    runs are reused.
     """
 
     custom_id: str
@@ -35,6 +37,7 @@ class Converted(NamedTuple):
     pixels: int = 0
     names: frozenset[str] = frozenset()
     tokens: RequestTokens | None = None
+    links: tuple[Link, ...] = ()
     fingerprint: bytes | None = None
 
 
@@ -46,6 +49,7 @@ class Converter:
         self._limits = options.limits
         self.root = image_root
         self._batch_format = batch_format
+        self._links = options.images == "link"
         self._takes_images = options.endpoint.takes("image_field", options.backend)
         self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
@@ -110,8 +114,9 @@ class Converter:
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
         request = self._maker.line(task.custom_id, content, documents)
-        pixels = sum(part.pixels for part in content if isinstance(part, Picture))
-        return Converted(task.custom_id, request, pixels=pixels, names=names)
+        pixels = sum(part.pixels for part in content if not isinstance(part, str))
+        links = tuple(part for part in content if isinstance(part, Link))
+        return Converted(task.custom_id, request, pixels=pixels, names=names, links=links)
 
     def _documents(self, task: Task) -> Documents:
         if not self._options.endpoint.takes("documents_field", self._options.backend):
@@ -120,7 +125,7 @@ class Converter:
 
     def remote_images(self, row: Row) -> list[str]:
         """The addresses of the images that converting the row asks for: by the same steps, so that none is missing."""
-        if self._batch_format or not self._takes_images or not self._may_be_remote(row):
+        if self._batch_format or self._links or not self._takes_images or not self._may_be_remote(row):
             return []
         try:
             task = tasks.to_task(row, self._fields)
@@ -136,7 +141,7 @@ class Converter:
         attached = (one for some in (row.attached or {}).values() for one in some)
         return any(isinstance(one, str) and references.is_remote(one) for one in attached)
 
-    def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture]:
+    def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture | Link]:
         """The texts and pictures of the question, in order."""
         prompt = self._prompts.write(task)
         try:
@@ -162,10 +167,12 @@ class Converter:
             if name not in found:
                 raise RowError("image", f"no image in {name!r}")
 
-    def _picture(self, image: ImageReference, fetched: Mapping[str, bytes | str]) -> Picture:
+    def _picture(self, image: ImageReference, fetched: Mapping[str, bytes | str]) -> Picture | Link:
         if not self._takes_images:
             where = f"{self._options.url} of {self._options.backend}"
             raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
+        if self._links and isinstance(image.source, str) and not image.source.startswith("data:"):
+            return self._link(image.source)
         uri = references.remote(image.source, self.root)
         if uri is None:
             return images.load(image.source, Path(self.root), self._image_options, name=f"(field {image.field!r})")
@@ -173,6 +180,16 @@ class Converter:
         if isinstance(found, str):
             raise RowError("image", found)
         return images.load(found, Path(), self._image_options, name=references.shown(uri))
+
+    def _link(self, source: str) -> Link:
+        link = link_to(source, self.root)
+        if link.uri.startswith("http") and not self._limits.fetches:
+            raise RowError(
+                "image",
+                f"{self._options.backend} fetches no images: {references.shown(link.uri)}; without --images link, "
+                "prepare puts it into the request",
+            )
+        return link
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

@@ -7,9 +7,11 @@ decoded.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -213,9 +215,16 @@ def _jpeg_scan(data: bytes) -> int:
 def _read(reference: str, root: Path) -> bytes:
     if reference.startswith("data:"):
         return _from_data_url(reference)
+    path, _ = find_file(reference, root)
+    with _reading(reference):
+        return path.read_bytes()
+
+
+def find_file(reference: str, root: Path) -> tuple[Path, int]:
+    """Where the image at a path or a `file://` URI is, and its size; nothing of it is read. Raises `RowError`."""
     if "://" in reference and not reference.startswith("file://"):
         raise RowError("image", f"image is not local, and was not fetched: {shown(reference)}")
-    try:
+    with _reading(reference):
         path = Path(unquote(urlsplit(reference).path)) if reference.startswith("file://") else root / reference
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
@@ -225,7 +234,14 @@ def _read(reference: str, root: Path) -> bytes:
             raise RowError(
                 "image", f"image file has {found.st_size:,} bytes, more than {FILE_LIMIT:,}: {shown(reference)}"
             )
-        return path.read_bytes()
+        return path, found.st_size
+
+
+@contextlib.contextmanager
+def _reading(reference: str) -> Iterator[None]:
+    """What the system says of a file in the block, as a fault of the row."""
+    try:
+        yield
     except FileNotFoundError:
         raise RowError("image", f"image not found: {shown(reference)}") from None
     except (OSError, ValueError) as exc:

@@ -22,6 +22,7 @@ from batchkit import leases, mirrors, s3, storage
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
 from batchkit.limits import CHAT
+from batchkit.links import Links
 from batchkit.measures import Totals
 from batchkit.storage import open_read, read_lines, write_whole
 
@@ -60,6 +61,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return str(self.options.get("url", CHAT))
 
     @property
+    def has_links(self) -> bool:
+        """Whether the requests name images by their addresses, which `submit` resolves."""
+        return self.options.get("images") == "link"
+
+    @property
     def response_schema(self) -> dict[str, Any] | None:
         """What answers must match, None where anything goes."""
         return self.options.get("response_schema")
@@ -83,7 +89,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     `names_in_use` are the fields of a result that rows of the shard have already. `tokens` estimates what the requests
     take, where a provider bills them. `reused` counts the requests whose answers `prepare` took over, by the run that
     they are from; `tokens_to_send` are those of the others, where there are any reused ones. `attached_checksum` is of
-    the images that came with the rows, beside their JSON.
+    the images that came with the rows, beside their JSON. `links` are the images that the requests name, where they do.
     """
 
     shard: int
@@ -104,6 +110,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     reused: dict[str, int] = {}
     tokens_to_send: Totals | None = None
     attached_checksum: str = ""
+    links: Links | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
