@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import gemini_requests, images, references, tasks, vlmevalkit
+from batchkit import gemini_requests, images, links, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import ImageOptions, Picture
 from batchkit.limits import OWN
-from batchkit.links import Link, link_to
+from batchkit.links import Link
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.placeholders import Place
@@ -115,8 +115,8 @@ class Converter:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
         request = self._maker.line(task.custom_id, content, documents)
         pixels = sum(part.pixels for part in content if not isinstance(part, str))
-        links = tuple(part for part in content if isinstance(part, Link))
-        return Converted(task.custom_id, request, pixels=pixels, names=names, links=links)
+        found = tuple(part for part in content if isinstance(part, Link))
+        return Converted(task.custom_id, request, pixels=pixels, names=names, links=found)
 
     def _documents(self, task: Task) -> Documents:
         if not self._options.endpoint.takes("documents_field", self._options.backend):
@@ -182,13 +182,15 @@ class Converter:
         return images.load(found, Path(), self._image_options, name=references.shown(uri))
 
     def _link(self, source: str) -> Link:
-        link = link_to(source, self.root)
+        link = links.link_to(source, self.root)
         if link.uri.startswith("http") and not self._limits.fetches:
             raise RowError(
                 "image",
                 f"{self._options.backend} fetches no images: {references.shown(link.uri)}; without --images link, "
                 "prepare puts it into the request",
             )
+        if link.uri.startswith("http") and not self._options.allow_private_hosts:
+            links.refuse_private(link.uri)
         return link
 
     def _kept(self, row: Row) -> Converted:

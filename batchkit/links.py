@@ -109,6 +109,18 @@ def _checked(uri: str) -> str:
     return uri
 
 
+def refuse_private(uri: str) -> None:
+    """Raise `RowError` where a web image is at an address that is written as a number, and not public. Names are looked
+    up when it is sent."""
+    from batchkit.addresses import PrivateAddressError, check_literal
+
+    try:
+        check_literal(urlsplit(uri).hostname or "")
+    except PrivateAddressError as exc:
+        why = f"image is not fetched: {references.shown(uri)}: {exc}; --allow-private-hosts allows it"
+        raise RowError("image", why) from exc
+
+
 def path_of(uri: str) -> Path:
     """The file of a `file://` URI."""
     return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)))

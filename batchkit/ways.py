@@ -127,7 +127,8 @@ def for_elsewhere(
             f"{run.name}: names {files:,} images that are files, which machines elsewhere cannot open",
             hint="put the images into a bucket, or prepare without --images link: requests then have them",
         )
-    return Resolver(run, Ways(limits=LIMITS["vllm"], presigner=signer, private_hosts=True))
+    ways = Ways(limits=LIMITS["vllm"], presigner=signer, near=True, private_hosts=_private_hosts(run))
+    return Resolver(run, ways)
 
 
 def window_seconds(window: str | None) -> int:
