@@ -79,6 +79,8 @@ def run(
 
     # What submit and merge would refuse is refused before anything is made or paid for.
     refuse_endpoint(keywords.get("url", CHAT), keywords.get("backend", "vllm"), engine)
+    if presign and keywords.get("images") != "link":
+        raise UsageError("--presign is for runs that name their images", hint="--images link")
     ResultEncoder(parse=parse or "text", prefix=prefix)
     places(output or f"{str(run).rstrip('/')}/results.jsonl", retry_file, never=[place_of(tasks)])
     if delete_sent and shards is not None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from batchkit import s3
@@ -50,14 +51,20 @@ def refuse_presign(run: Run, presign: bool) -> None:
 
 
 def media_args(run: Run, feed: Feed, args: Sequence[str]) -> list[str]:
-    """What vLLM is to be told, so that it opens the run's files; nothing where the user has told it."""
+    """What vLLM is to be told, so that it opens the run's files; nothing where the user has told it. Files elsewhere go
+    as base64."""
     if not run.manifest.has_links or ALLOWED in vllm_install.given(args):
         return []
-    folder = links_of(feed.chosen).folder
+    folder, root = links_of(feed.chosen).folder, _root(run)
+    if root is not None and (folder == "/" or (feed.is_open and common_folder(folder, root) == root)):
+        folder = root  # never all of the disk; and what is sealed later is likely there
+    return [ALLOWED, folder] if folder is not None and folder != "/" and Path(folder).is_dir() else []
+
+
+def _root(run: Run) -> str | None:
+    """Where the run's relative paths begin on this disk."""
     root = str(run.manifest.options.get("image_root") or "")
-    if feed.is_open and not is_remote(root) and os.path.isdir(root):  # noqa: PTH112  # what is sealed later is likely there
-        folder = common_folder(folder, os.path.realpath(root))
-    return [ALLOWED, folder] if folder is not None and os.path.isdir(folder) else []  # noqa: PTH112
+    return None if not root or is_remote(root) else os.path.realpath(root)
 
 
 def for_engine(run: Run, args: Sequence[str], *, presign: bool) -> contextlib.AbstractContextManager[Resolver | None]:
