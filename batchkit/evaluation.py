@@ -324,7 +324,7 @@ class _Pass:
             return [self._from_folder(name) for name in made]
         for count, reference in self._asked_about(custom_id, row):
             if is_remote(reference):
-                self._lose(place, f"image is a link, and is not downloaded: {reference[:200]}")
+                self._lose(place, f"image is a link, and is not downloaded: {shown(reference)[:200]}")
                 continue
             try:
                 data = load(reference, self._root, AS_THEY_ARE).data

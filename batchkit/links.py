@@ -117,7 +117,7 @@ def refuse_private(uri: str) -> None:
     try:
         check_literal(urlsplit(uri).hostname or "")
     except PrivateAddressError as exc:
-        why = f"image is not fetched: {references.shown(uri)}: {exc}; --allow-private-hosts allows it"
+        why = f"image is not fetched: {references.shown(uri)}: {exc}; prepare --allow-private-hosts allows it"
         raise RowError("image", why) from exc
 
 

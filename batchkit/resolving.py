@@ -92,9 +92,9 @@ class Resolver:
         return self._ways.presigner.until if isinstance(self._ways.presigner, Presigner) else None
 
     def holds(self, until: str | None) -> bool:
-        """Whether URLs that hold until then hold long enough for what begins now."""
+        """Whether URLs that hold until then hold long enough for what begins now. If none are signed, nobody knows."""
         presigner = self._ways.presigner
-        return until is None or not isinstance(presigner, Presigner) or presigner.holds(until)
+        return until is None or (isinstance(presigner, Presigner) and presigner.holds(until))
 
     def lines(self, seal: Seal, rows: Sequence[tuple[int, int]]) -> Generator[Resolved]:
         """The requests of these rows of a shard, in order. Raises `RunError` where the file is not what was sealed, and
@@ -196,7 +196,9 @@ class Resolver:
         if not self._ways.limits.fetches:
             raise RowError("image", f"the backend fetches no images: {shown(uri)}")
         if self._ways.near and not self._ways.private_hosts and (why := self._why_private(uri)) is not None:
-            raise RowError("image", f"image is not fetched: {shown(uri)}: {why}; --allow-private-hosts allows it")
+            raise RowError(
+                "image", f"image is not fetched: {shown(uri)}: {why}; prepare --allow-private-hosts allows it"
+            )
         return _encode(uri)
 
     def _why_private(self, uri: str) -> str | None:
@@ -205,13 +207,13 @@ class Resolver:
 
         host = urlsplit(uri).hostname or ""
         if host not in self._hosts:
+            self._hosts[host] = None
             try:
                 check_name(host)
-                self._hosts[host] = None
             except PrivateAddressError as exc:
                 self._hosts[host] = str(exc)
             except (socket.gaierror, UnicodeError):
-                return None  # the backend may look it up by a proxy
+                pass  # the backend may look it up by a proxy
         return self._hosts[host]
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 from PIL import Image
 
-from batchkit import attempts, handouts, limits, outcomes, packing, s3
+from batchkit import attempts, handouts, limits, outcomes, packing, pipeline, s3, ways
 from batchkit.backends import vllm_install
 from batchkit.errors import StorageError, UsageError
 from batchkit.evaluation import evaluate
-from batchkit.links import path_of, split
+from batchkit.feeds import Feed
+from batchkit.links import Links, path_of, split
 from batchkit.merging import merge
 from batchkit.preparation import plan, prepare
 from batchkit.responses import Verdict
@@ -153,7 +155,7 @@ def test_nothing_of_an_image_is_read_and_a_file_that_is_not_there_is_rejected(
 
 def test_a_private_address_is_refused_in_prepare_where_it_is_a_number(linked: LinkedRun) -> None:
     (seal,) = linked(["http://169.254.169.254/latest", "https://example.com/a.png"]).seals()
-    assert "169.254.169.254, which is not a public address; --allow-private-hosts" in seal.rejected[0].message
+    assert "169.254.169.254, which is not a public address; prepare --allow-private-hosts" in seal.rejected[0].message
     assert seal.requests == 1
 
 
@@ -292,6 +294,31 @@ def test_a_request_that_kills_the_engine_is_still_found(picture: Picture, linked
     fake.set(poison=[run.read_ids(seal)[3]], death="crash")
     assert submit(run).exit_code == 3
     assert verdicts(run) == {"answered": 18, "failed": 2}
+
+
+def test_vllm_is_never_given_all_of_the_disk(picture: Picture, linked: LinkedRun, tmp_path: Path) -> None:
+    run = linked([picture("pictures/a.png").relative_to(tmp_path).as_posix()])
+    (seal,) = run.seals()
+    apart = msgspec.structs.replace(seal, links=Links(files=2, folder="/"))
+    assert ways.media_args(run, Feed([apart]), []) == [ways.ALLOWED, str(tmp_path)]
+    # While prepare still works, what comes is likely to be beside what is there.
+    feed = Feed(is_open=True)
+    feed.add([seal])
+    feed.take()
+    assert ways.media_args(run, feed, []) == [ways.ALLOWED, str(tmp_path)]
+    elsewhere = msgspec.structs.replace(seal, links=Links(files=2, folder="/usr/share"))
+    assert ways.media_args(run, Feed([elsewhere]), []) == [ways.ALLOWED, "/usr/share"]
+
+
+def test_run_makes_links_and_sends_them_while_it_prepares(
+    picture: Picture, inputs: Inputs, write_tasks: WriteTasks, tmp_path: Path
+) -> None:
+    for number in range(6):
+        picture(f"{number}/a.png")
+    rows = [{"id": number, "image": f"{number}/a.png", "question": "?"} for number in range(6)]
+    summary = pipeline.run(write_tasks(rows), tmp_path / "run", model="m", images="link", max_requests=1, workers=1)
+    assert summary.exit_code == 0
+    assert sorted(inputs.lines) == sorted(requests_of(Run.open(tmp_path / "run")))
 
 
 # -- objects and the web, for vLLM -------------------------------------------------------------------------------------
