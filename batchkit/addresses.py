@@ -55,6 +55,15 @@ def check_literal(host: str) -> None:
         raise PrivateAddressError(host, address)
 
 
+def check_name(host: str) -> None:
+    """Raise `PrivateAddressError` where `host`, a name or an address, is no public one now; `OSError` where nobody
+    knows the name."""
+    check_literal(host)
+    for *_, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+        if not is_public(str(place[0]).partition("%")[0]):
+            raise PrivateAddressError(host, str(place[0]))
+
+
 class PublicResolver(AbstractResolver):
     """Finds the addresses of a name, and lets none through that is not public. The connection goes to one of those that
     it returns: a name that answers differently the next time gains nothing."""

@@ -27,6 +27,7 @@ from batchkit.jobs import Attempt, AttemptState, Remote
 from batchkit.responses import UnreadableLine, parse
 from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
+from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, write_whole
 
 SHOWN_LABEL = 64
@@ -115,9 +116,9 @@ def save(run: Run, tracked: Tracked, state: AttemptState, *, message: str | None
     run.write_job(job)
 
 
-def upload(run: Run, tracked: Tracked, service: Service) -> None:
-    """Step 2."""
-    with _request_file(run, tracked, service) as path:
+def upload(run: Run, tracked: Tracked, service: Service, packed: Path | None = None) -> None:
+    """Step 2. `packed` is the file, where it was made before the attempt."""
+    with contextlib.nullcontext(packed) if packed is not None else _request_file(run, tracked, service) as path:
         tracked.remote.file_id = service.upload(path, f"batchkit-{tracked.name}-{tracked.remote.tag}.jsonl")
     save(run, tracked, "uploaded")
 
@@ -223,6 +224,8 @@ def _write_responses(run: Run, tracked: Tracked, service: Service, parts: Sequen
     with write_whole(run.responses_path(tracked.seal.shard, tracked.attempt.number), durable=True) as stream:
         for line in _lines(parts):
             translated = service.response(line)
+            if run.manifest.has_links:  # errors quote what they are about
+                translated = hide_bytes(translated)
             stream.write(translated + b"\n")
             with contextlib.suppress(UnreadableLine):
                 response = parse(translated)

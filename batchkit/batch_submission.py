@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import msgspec
 
-from batchkit import attempts, targets
+from batchkit import attempts, targets, ways
 from batchkit.attempts import Tracked
 from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.costs import Costs, refuse_too_dear
@@ -17,6 +17,7 @@ from batchkit.errors import UsageError
 from batchkit.feeds import Feed
 from batchkit.handover import Cost, Pace, Settings
 from batchkit.limits import OWN, who_runs
+from batchkit.packing import Packer
 from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
@@ -92,15 +93,29 @@ def submit_run(
     )
     costs = Costs(run, target.prices)
     refuse_too_dear(run, feed.chosen, costs, settings)
-    return submit_batches(
+    resolving = ways.for_service(
         run,
-        feed,
-        target=target,
-        service=service,
-        settings=settings,
-        estimate=costs,
-        progress=progress,
+        feed.chosen,
+        target.limits,
+        name=target.host_name or backend,
+        base_url=target.base_url,
+        window=target.window or (target.host.window if target.host is not None else None),
+        presign=settings.presign,
     )
+    with resolving as resolver:
+        packer = None
+        if resolver is not None:
+            packer = Packer(run, resolver, service, cost=costs.of, most=target.limits.max_bytes)
+        return submit_batches(
+            run,
+            feed,
+            target=target,
+            service=service,
+            settings=settings,
+            estimate=costs,
+            progress=progress,
+            packer=packer,
+        )
 
 
 def _settings(common: Settings, keywords: ServiceKeywords, key_env: str) -> Settings:
@@ -126,6 +141,7 @@ def submit_batches(
     settings: Settings,
     estimate: Callable[[Seal, Sequence[int]], Cost],
     progress: Progress,
+    packer: Packer | None = None,
 ) -> SubmitReport:
     """Hand the shards of `feed` over, and collect what is done. Raises what `Services.go` raises, and `RunBusyError`
     where other processes hold all there is to do."""
@@ -142,6 +158,7 @@ def submit_batches(
             leases=leases,
             report=report,
             progress=progress,
+            packer=packer,
         )
         services.go()
         if services.busy is not None and not report.sent and not report.responses:

@@ -149,6 +149,13 @@ prepare_options = add_options(
     ),
     click.option("--extra-body", metavar="JSON", help="More keys for the request body, for example '{\"top_k\": 20}'."),
     click.option(
+        "--images",
+        type=click.Choice(["inline", "link"]),
+        default="inline",
+        show_default=True,
+        help="link: requests name images by their addresses, and submit resolves them: small shards.",
+    ),
+    click.option(
         "--fit",
         metavar="MODEL",
         help="Shrink images to the size that this model makes of them anyway: gpt-4o, gemini-2.5-flash, qwen2.5-vl, "
@@ -224,6 +231,11 @@ submit_options = add_options(
         default="run-batch",
         show_default=True,
         help="vLLM's batch runner, or its server: slower to start many small jobs, responses on the disk as they come.",
+    ),
+    click.option(
+        "--presign",
+        is_flag=True,
+        help="Of a run with --images link: images in S3 go as signed URLs, not as base64.",
     ),
     click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines side by side."),
 )

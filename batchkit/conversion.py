@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from batchkit import gemini_requests, references, tasks, vlmevalkit
+from batchkit import gemini_requests, links, references, tasks, vlmevalkit
 from batchkit.errors import RowError, UsageError
 from batchkit.images import Given, ImageOptions, Picture
 from batchkit.limits import OWN
+from batchkit.links import Link
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.pictures import Pictures
@@ -25,10 +26,11 @@ OUR_NAMES_SET = frozenset(OUR_NAMES)
 class Converted(NamedTuple):
     """What became of a row: its line `request` with the line feed, or `code` and `message` of a rejection.
 
-    `names` are those of our result fields that the row already uses; `pixels` sums its images. `tokens` are estimated
-    where a provider bills them; `fingerprint` is that of the request, where it is compared with others. `same_as` is
-    the position of an earlier row of the shard whose request this one shares: then there is none here. `images` are
-    those of the request as they were given, with the bytes of each as it is sent: where they are `surveyed`.
+    `names` are those of our result fields that the row already uses; `pixels` sums its images, of `links` as a guess.
+    `tokens` are estimated where a provider bills them; `fingerprint` is that of the request, where it is compared with
+    others. `same_as` is the position of an earlier row of the shard whose request this one shares: then there is none
+    here. `images` are those of the request as they were given, with the bytes of each as it is sent: where they are
+    `surveyed`.
     """
 
     custom_id: str
@@ -38,6 +40,7 @@ class Converted(NamedTuple):
     pixels: int = 0
     names: frozenset[str] = frozenset()
     tokens: RequestTokens | None = None
+    links: tuple[Link, ...] = ()
     fingerprint: bytes | None = None
     same_as: int | None = None
     images: tuple[tuple[Given, int], ...] = ()
@@ -54,6 +57,7 @@ class Converter:
         self._folder = Path(image_root)
         self._root_is_remote = references.is_remote(image_root)
         self._batch_format = batch_format
+        self._links = options.images == "link"
         self._takes_images = options.endpoint.takes("image_field", options.backend)
         self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
@@ -123,8 +127,9 @@ class Converter:
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
         request = self._maker.line(task.custom_id, content, documents)
-        pixels = sum(part.pixels for part in content if isinstance(part, Picture))
-        done = Converted(task.custom_id, request, pixels=pixels, names=names)
+        pixels = sum(part.pixels for part in content if not isinstance(part, str))
+        linked = tuple(part for part in content if isinstance(part, Link))
+        done = Converted(task.custom_id, request, pixels=pixels, names=names, links=linked)
         if not self._surveyed:
             return done
         found = (part for part in content if isinstance(part, Picture))
@@ -145,7 +150,7 @@ class Converter:
 
     def remote_images(self, row: Row) -> list[str]:
         """The addresses of the images that converting the row asks for: by the same steps, so that none is missing."""
-        if self._batch_format or not self._takes_images or not self._may_be_remote(row):
+        if self._batch_format or self._links or not self._takes_images or not self._may_be_remote(row):
             return []
         try:
             task = tasks.to_task(row, self._fields)
@@ -163,7 +168,7 @@ class Converter:
         attached = (one for some in row.attached.values() for one in some)
         return any(isinstance(one, str) and references.is_remote(one) for one in attached)
 
-    def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture]:
+    def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture | Link]:
         """The texts and pictures of the question, in order."""
         prompt = self._prompts.write(task)
         try:
@@ -189,10 +194,12 @@ class Converter:
             if name not in found:
                 raise RowError("image", f"no image in {name!r}")
 
-    def _picture(self, image: ImageReference, fetched: Mapping[str, bytes | str]) -> Picture:
+    def _picture(self, image: ImageReference, fetched: Mapping[str, bytes | str]) -> Picture | Link:
         if not self._takes_images:
             where = f"{self._options.url} of {self._options.backend}"
             raise RowError("image", f"{where} takes no images; --on-bad-image text-only sends the texts alone")
+        if self._links and isinstance(image.source, str) and not image.source.startswith("data:"):
+            return self._link(image.source)
         uri = references.remote(image.source, self.root)
         if uri is None:
             return self._pictures.load(image.source, name=f"(field {image.field!r})")
@@ -200,6 +207,18 @@ class Converter:
         if isinstance(found, str):
             raise RowError("image", found)
         return self._pictures.load(found, name=references.shown(uri))
+
+    def _link(self, source: str) -> Link:
+        link = links.link_to(source, self.root)
+        if link.uri.startswith("http") and not self._limits.fetches:
+            raise RowError(
+                "image",
+                f"{self._options.backend} fetches no images: {references.shown(link.uri)}; without --images link, "
+                "prepare puts it into the request",
+            )
+        if link.uri.startswith("http") and not self._options.allow_private_hosts:
+            links.refuse_private(link.uri)
+        return link
 
     def _kept(self, row: Row) -> Converted:
         """A row that is a request in OpenAI batch format stays as it is."""

@@ -26,6 +26,10 @@ class Costs:
         """Of the shard's requests at these positions. Of a part of the shard the requests themselves are measured: they
         need not be alike."""
         totals = self._totals(seal) if len(positions) == seal.requests else self._measure(seal, positions)
+        return self.of(totals)
+
+    def of(self, totals: Totals) -> Cost:
+        """Of requests that take so much together."""
         if totals.input is None:
             return Cost()
         usd = None
@@ -52,6 +56,8 @@ class Costs:
         if not self._prices.known:
             return f"the price of {self._run.manifest.model} is not known"
         if totals.input is None:
+            if self._run.manifest.has_links:
+                return "the requests name their images, whose tokens nobody knows before they are read"
             return f"the tokens of images are not known for {self._run.manifest.model}"
         return "the requests have no --max-tokens: nobody knows the most that they cost"
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from batchkit import signatures
 from batchkit.errors import CredentialsError
 
 HIDDEN = "[key]"
@@ -25,8 +26,8 @@ class Key:
         self.value = value
 
     def hide(self, text: str) -> str:
-        """`text` without this key, and without what looks like one."""
-        return _LIKE_A_KEY.sub(HIDDEN, text.replace(self.value, HIDDEN))
+        """`text` without this key, and without what looks like one, or is a signature."""
+        return _LIKE_A_KEY.sub(HIDDEN, signatures.hide(text.replace(self.value, HIDDEN)))
 
     def hide_bytes(self, data: bytes) -> bytes:
         """`data`, mostly without a copy, without this key. A short one is a placeholder (EMPTY, test): responses that

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.rounds import Key
 from batchkit.runs import Run, Seal
+from batchkit.signatures import hide_bytes
 from batchkit.storage import grew, open_read, write_whole
 
 
@@ -60,7 +61,7 @@ class Division:
         for part in self._plan.parts:
             if places[part.shard]:
                 with open(self._path(part), "ab") as out:
-                    out.writelines(line for line in _read(self._output, places[part.shard]))
+                    out.writelines(self._read(places[part.shard]))
                 grew(self._path(part))
         return sum(map(len, places.values()))
 
@@ -71,8 +72,12 @@ class Division:
         places = self._places(found, follow=False)
         for part in self._plan.parts:
             if places[part.shard]:
-                _write(self._output, places[part.shard], self._path(part))
+                _write(self._read(places[part.shard]), self._path(part))
         return found
+
+    def _read(self, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        lines = _read(self._output, places)
+        return map(hide_bytes, lines) if self._run.manifest.has_links else lines
 
     def _path(self, part: Part) -> Path:
         return self._run.responses_path(part.shard, part.attempt)
@@ -151,6 +156,6 @@ def _read(source: Path, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
             yield stream.read(length) + b"\n"
 
 
-def _write(source: Path, places: Sequence[tuple[int, int]], target: Path) -> None:
+def _write(lines: Iterable[bytes], target: Path) -> None:
     with write_whole(target, durable=True) as out:
-        out.writelines(_read(source, places))
+        out.writelines(lines)

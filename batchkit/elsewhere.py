@@ -21,9 +21,11 @@ import msgspec
 
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
+from batchkit.resolving import Resolver, record
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
+from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, remove, write_whole
 
 BACKEND = "vllm"
@@ -63,16 +65,21 @@ class Gathered(msgspec.Struct, kw_only=True):
 # -- giving out ------------------------------------------------------------------------------------------------------
 
 
-def give_out(run: Run, seal: Seal, positions: Sequence[int], until: dt.datetime) -> Attempt:
-    """Steps 1 and 2. The shard's lease is held."""
+def give_out(
+    run: Run, seal: Seal, positions: Sequence[int], until: dt.datetime, resolver: Resolver | None = None
+) -> Attempt | None:
+    """Steps 1 and 2; `resolver` is there for a run with links. None where nothing can be given out. The shard's lease
+    is held."""
+    if resolver is not None and not (positions := _sendable(run, seal, positions, resolver)):
+        return None
     number = run.next_attempt(seal.shard)
     rows = seal.ranges(positions)
     # Nobody else ever writes under this name: not what was given out before a `submit --no-resume` either.
     name = f"{FOLDER}/{seal.shard:05d}.{number}-{secrets.token_hex(4)}"
     source = run.requests_path(seal.shard).relative_to(run.path).as_posix()
-    if len(positions) < seal.requests:
+    if len(positions) < seal.requests or resolver is not None:
         source = f"{name}.input.jsonl"
-        _write_input(run, seal, rows, run.path / source)
+        _write_input(run, seal, rows, run.path / source, resolver)
     attempt = Attempt(
         number=number,
         backend=BACKEND,
@@ -87,15 +94,17 @@ def give_out(run: Run, seal: Seal, positions: Sequence[int], until: dt.datetime)
     return attempt
 
 
-def renew(run: Run, shard: int, number: int, until: dt.datetime) -> Attempt:
-    """The attempt goes on until then, with new URLs for the same files. The shard's lease is held."""
-    job = run.job(shard)
+def renew(run: Run, seal: Seal, number: int, until: dt.datetime, resolver: Resolver | None = None) -> Attempt:
+    """The attempt goes on until then, with new URLs for the same files, and in them. The shard's lease is held."""
+    job = run.job(seal.shard)
     attempt = next(attempt for attempt in job.attempts if attempt.number == number)
     if attempt.elsewhere is None:
         raise AssertionError("not an attempt elsewhere")
     if _moment(attempt.elsewhere) < until:
         attempt.elsewhere.expires = until.isoformat()
         run.write_job(job)
+    if resolver is not None:
+        _write_input(run, seal, attempt.rows, run.path / attempt.elsewhere.input, resolver)
     return attempt
 
 
@@ -109,12 +118,25 @@ def requests_out(run: Run, shards: Iterable[int]) -> int:
     return sum(end - start for shard in shards for attempt in open_in(run, shard) for start, end in attempt.rows)
 
 
-def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path) -> None:
+def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path, resolver: Resolver | None) -> None:
     path.parent.mkdir(exist_ok=True)
     with write_whole(path) as stream:
-        for line in request_lines(run, seal, rows):
-            stream.write(line)
+        if resolver is None:
+            for line in request_lines(run, seal, rows):
+                stream.write(line)
+        else:
+            for resolved in resolver.lines(seal, rows):
+                if resolved.fault is None:
+                    stream.write(resolved.line + b"\n")
     run.leave(path)
+
+
+def _sendable(run: Run, seal: Seal, positions: Sequence[int], resolver: Resolver) -> list[int]:
+    """Those of the requests that can be resolved; that the others cannot is recorded."""
+    resolved = resolver.lines(seal, seal.ranges(positions))
+    faults = {one.position: one.fault for one in resolved if one.fault is not None}
+    record(run, seal, faults, backend=BACKEND)
+    return [position for position in positions if position not in faults]
 
 
 # -- taking back -----------------------------------------------------------------------------------------------------
@@ -228,7 +250,7 @@ def _collect(run: Run, shard: int, attempt: Attempt, output: Path, gathered: Gat
     with write_whole(target, durable=True) as stream:
         for line, custom_id in _whole_lines(output):
             if custom_id is None or new[custom_id] or not before.get(custom_id):
-                stream.write(line + b"\n")
+                stream.write((hide_bytes(line) if run.manifest.has_links else line) + b"\n")
                 count += 1
         for line, custom_id in _whole_lines(target) if before else ():
             if custom_id is not None and not new.get(custom_id) and (before[custom_id] or custom_id not in new):

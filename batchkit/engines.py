@@ -20,6 +20,7 @@ from batchkit.errors import BatchkitError
 from batchkit.feeds import Feed
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
+from batchkit.resolving import Resolver
 from batchkit.rounds import Group, Key, Pool, plan_room
 from batchkit.runs import Run, Seal
 from batchkit.work import Leases, SpeedFile, Work
@@ -55,6 +56,7 @@ class Engines:
         leases: Leases,
         report: SubmitReport,
         progress: Progress,
+        resolver: Resolver | None = None,
     ) -> None:
         self._run = run
         self._feed = feed
@@ -64,6 +66,7 @@ class Engines:
         self._leases = leases
         self._report = report
         self._progress = progress
+        self._resolver = resolver
         self._speed = SpeedFile(run, runner.args)
         self._active: dict[int, _Active] = {}
         self._excused = False
@@ -116,13 +119,33 @@ class Engines:
         group = self._pool.take()
         if group is None:
             return False
-        plan = sessions.lay_down(self._run, self._seals, group.keys)
+        plan = sessions.lay_down(self._run, self._seals, group.keys, self._resolver)
+        if self._resolver is not None and (group := self._without_lost(group, plan)) is None:
+            return True
         start = self._runner.start(self._run.engine_path(plan.session), slot)
         self._active[slot] = _Active(start=start, plan=plan, group=group)
         sessions.mark_running(self._run, plan)
         self._report.starts += 1
         self._report.sent += len(group.keys)
         return True
+
+    def _without_lost(self, group: Group, plan: Plan) -> Group | None:
+        """What is sent of a group: not the requests whose images cannot be had. None where nothing is left."""
+        sent = {(part.shard, one) for part in plan.parts for start, end in part.rows for one in range(start, end)}
+        keys = [key for key in group.keys if key in sent]
+        lost = len(group.keys) - len(keys)
+        if lost:
+            self._progress.say(f"{lost:,} requests are not sent: their images cannot be had")
+            self._progress.update(lost)
+            self._report.responses += lost
+            self._report.remaining -= lost
+            self._report.unanswered += lost
+        if keys:
+            return msgspec.structs.replace(group, keys=keys)
+        shutil.rmtree(self._run.engine_path(plan.session), ignore_errors=True)
+        self._pool.report(group, rest=[], answers=0, died=False)
+        self._leases.release_all_but(self._busy_shards())
+        return None
 
     def _waits(self) -> bool:
         """Whether there is something to do and no engine to do it, or will be. Waits a little then."""

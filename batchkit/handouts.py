@@ -15,7 +15,7 @@ from typing import IO
 
 import msgspec
 
-from batchkit import elsewhere, outcomes, presigning, s3, sessions
+from batchkit import elsewhere, outcomes, presigning, s3, sessions, ways
 from batchkit.backends import vllm_install
 from batchkit.errors import RunBusyError, RunError, UsageError
 from batchkit.feeds import select
@@ -24,6 +24,7 @@ from batchkit.limits import SERVED
 from batchkit.parcels import pooling
 from batchkit.presigning import Signer
 from batchkit.progress import Progress, Silent
+from batchkit.resolving import Resolver
 from batchkit.runs import PREPARE_AGAIN, Run, Seal
 from batchkit.scripts import Command
 from batchkit.storage import write_whole
@@ -110,13 +111,14 @@ def hand_out(
     tell(elsewhere.gather(run, seals, close=not again), progress)
     args = _arguments(run, chosen, engine_args)
     handout = Handout(run=run.name, until=signer.until.isoformat(), note=signer.note)
-    for seal in chosen:
-        try:
-            for attempt in _attempts(run, seal, signer, handout, again=again):
-                handout.commands.append(_command(run, seal, attempt, signer, args))
-        except RunBusyError as exc:
-            handout.busy = exc
-        run.leave_requests(seal.shard)
+    with ways.for_elsewhere(run, chosen, signer) as resolver:
+        for seal in chosen:
+            try:
+                for attempt in _attempts(run, seal, signer, handout, resolver, again=again):
+                    handout.commands.append(_command(run, seal, attempt, signer, args))
+            except RunBusyError as exc:
+                handout.busy = exc
+            run.leave_requests(seal.shard)
     if handout.busy is not None and not handout.commands:
         raise handout.busy
     return handout
@@ -145,7 +147,9 @@ def _refuse_unfit(run: Run, engine_args: Sequence[str]) -> None:
         )
 
 
-def _attempts(run: Run, seal: Seal, signer: Signer, handout: Handout, *, again: bool) -> Iterator[Attempt]:
+def _attempts(
+    run: Run, seal: Seal, signer: Signer, handout: Handout, resolver: Resolver | None, *, again: bool
+) -> Iterator[Attempt]:
     """What is given out of a shard: its due requests as a new attempt, and with `again` those that are out already."""
     out, due, flying = _look(run, seal)
     handout.in_flight += 0 if again else flying
@@ -154,10 +158,12 @@ def _attempts(run: Run, seal: Seal, signer: Signer, handout: Handout, *, again: 
     with run.lease(f"{seal.shard:05d}"):
         out, due, _ = _look(run, seal)  # again: another process may have worked on it before we held the lease
         for attempt in out if again else ():
-            yield elsewhere.renew(run, seal.shard, attempt.number, signer.until)
+            yield elsewhere.renew(run, seal, attempt.number, signer.until, resolver)
         if due:
             _check_requests(run, seal)
-            yield elsewhere.give_out(run, seal, due, signer.until)
+            given = elsewhere.give_out(run, seal, due, signer.until, resolver)
+            if given is not None:
+                yield given
 
 
 def _look(run: Run, seal: Seal) -> tuple[list[Attempt], list[int], int]:

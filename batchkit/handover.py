@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     `limit` bounds the requests that are sent now, `max_active` the batches under way, `max_enqueued_tokens` their
     estimated input tokens, `max_cost` the dollars that all attempts of the run may cost. `only` these positions are
-    sent, where given. `key_env` names the variable of the key.
+    sent, where given. `key_env` names the variable of the key. `presign`: objects that are links go as signed URLs.
     """
 
     key_env: str
@@ -50,4 +50,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_enqueued_tokens: int | None = None
     max_cost: float | None = None
     delete_remote: bool = False
+    presign: bool = False
     pace: Pace = Pace()

@@ -289,6 +289,7 @@ def read(path: str, reference: str) -> bytes:
 
 @contextlib.contextmanager
 def _reading(reference: str) -> Iterator[None]:
+    """What the system says of a file in the block, as a fault of the row."""
     try:
         yield
     except FileNotFoundError:

@@ -37,8 +37,8 @@ class Remote(msgspec.Struct, kw_only=True):
     of the last change of ours. `input_tokens` and `usd` are the estimates that `--max-enqueued-tokens` and `--max-cost`
     go by, None where unknown.
     `files` are the provider's result files, `deleted` says that all files are gone there. `host` is the name of a
-    preset. `trouble` says why a batch that has ended cannot be collected whole: it is looked at again in each submit,
-    until it can be, or the user gives it up.
+    preset. `signed_until`: its file names URLs that hold until then. `trouble` says why a batch that has ended cannot
+    be collected whole: it is looked at again in each submit, until it can be, or the user gives it up.
     """
 
     base_url: str
@@ -56,6 +56,7 @@ class Remote(msgspec.Struct, kw_only=True):
     files: list[str] = []
     deleted: bool = False
     host: str | None = None
+    signed_until: str | None = None
     trouble: str | None = None
 
 

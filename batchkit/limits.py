@@ -12,13 +12,15 @@ IMAGES = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif"})
 
 @dataclass(frozen=True)
 class Limits:
-    """`max_requests` and `max_bytes` bound a shard (bytes of its request lines, line feeds included)."""
+    """`max_requests` and `max_bytes` bound a shard (bytes of its request lines, line feeds included).
+    `fetches`: images may be `https://` links."""
 
     max_requests: int
     max_bytes: int
     media_types: frozenset[str]
     endpoints: tuple[str, ...]
     endpoint_endings: tuple[str, ...] = ()
+    fetches: bool = True
 
     def takes(self, url: str) -> bool:
         """Whether the backend runs requests to `url`."""
@@ -71,6 +73,7 @@ LIMITS = {
         max_bytes=500_000_000,
         media_types=frozenset({"image/jpeg", "image/png", "image/webp"}),
         endpoints=(CHAT,),
+        fetches=False,
     ),
 }
 

@@ -25,9 +25,11 @@ from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
+from batchkit.resolving import Resolved, Resolver, fault_line
 from batchkit.responses import ANSWERS, UnreadableLine, decode, parse
 from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_views
+from batchkit.signatures import hide_bytes
 from batchkit.storage import cut_torn_line, grew, settle, sync_folder
 from batchkit.work import Leases
 
@@ -109,6 +111,7 @@ class Live:
         report: SubmitReport,
         progress: Progress,
         count_tokens: bool = False,
+        resolver: Resolver | None = None,
     ) -> None:
         self._run = run
         self._queue = queue
@@ -117,6 +120,7 @@ class Live:
         self._report = report
         self._progress = progress
         self._count_tokens = count_tokens
+        self._resolver = resolver
         self._foreign = is_foreign(run)
         self._open: dict[tuple[int, int], _Open] = {}
         self._synced = time.monotonic()
@@ -134,18 +138,41 @@ class Live:
                 continue
             seal, rows = parcel.seal, parcel.seal.ranges(parcel.positions)
             self._queue.remove_first(parcel)
-            views = request_views(self._run, seal, rows)
-            first = next(views)  # raises where the file is not what was sealed, before anything is sent of it
+            lines = self._lines(seal, rows)
+            first = next(lines)  # raises where the file is not what was sealed, before anything is sent of it
             number = self._begin(seal, rows, len(parcel.positions))
             self._planned += len(parcel.positions)
             if self._planned > self.total:  # of shards that were not there when it began
                 self.total = self._planned
                 self._progress.grow(self.total)
-            for line in itertools.chain([first], views):
-                custom_id, url, body = _split(line, foreign=self._foreign)
-                tokens = self._tokens_of(bytes(line)) if self._count_tokens else 0
-                self._report.sent += 1
-                yield Call((seal.shard, number, custom_id), url, body, tokens)
+            for line in itertools.chain([first], lines):
+                if line is None:
+                    yield None
+                elif isinstance(line, Resolved):
+                    self._give_up(seal, number, line)
+                else:
+                    yield self._call(seal.shard, number, line)
+
+    def _lines(self, seal: Seal, rows: Sequence[tuple[int, int]]) -> Iterator[memoryview | Resolved | None]:
+        """The requests of these rows; None where the next one waits for its images, `Resolved` where these cannot be
+        had."""
+        if self._resolver is None:
+            yield from request_views(self._run, seal, rows)
+            return
+        for resolved in self._resolver.lines_as_they_come(seal, rows):
+            yield resolved if resolved is None or resolved.fault is not None else memoryview(resolved.line)
+
+    def _call(self, shard: int, number: int, line: memoryview) -> Call:
+        custom_id, url, body = _split(line, foreign=self._foreign)
+        tokens = self._tokens_of(bytes(line)) if self._count_tokens else 0
+        self._report.sent += 1
+        return Call((shard, number, custom_id), url, body, tokens)
+
+    def _give_up(self, seal: Seal, number: int, resolved: Resolved) -> None:
+        """Keep that a request cannot be sent."""
+        assert resolved.fault is not None  # noqa: S101  # it says why
+        custom_id = self._run.read_ids(seal)[resolved.position - seal.start]
+        self._keep(self._open[seal.shard, number], fault_line(custom_id, resolved.fault))
 
     def _tokens_of(self, line: bytes) -> int:
         tokens = request_tokens(line, self._run.manifest.model)
@@ -175,7 +202,9 @@ class Live:
         """Keep a reply."""
         shard, number, custom_id = reply.key
         line = as_line(custom_id, reply)
-        opened = self._open[shard, number]
+        self._keep(self._open[shard, number], line if self._resolver is None else hide_bytes(line))
+
+    def _keep(self, opened: _Open, line: bytes) -> None:
         opened.append(line)
         opened.left -= 1
         self._count(line)

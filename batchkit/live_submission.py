@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import msgspec
 
-from batchkit import live
+from batchkit import live, ways
 from batchkit.backends import server
 from batchkit.backends.vllm import Vllm
 from batchkit.batch_submission import count
@@ -21,6 +21,7 @@ from batchkit.live import Live
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
+from batchkit.resolving import Resolver
 from batchkit.runs import Run, now
 from batchkit.serving import Serving
 from batchkit.work import Leases, Scan
@@ -64,7 +65,17 @@ def submit_live(
     if (report := _if_nothing_is_due(run, feed, common)) is not None:
         return report
     server.check(endpoints, run.manifest.model, progress.say)
-    return ask_servers(run, feed, endpoints, backend="server", common=common, progress=progress, pacing=pacing)
+    with ways.for_servers(run, presign=common.presign) as resolver:
+        return ask_servers(
+            run,
+            feed,
+            endpoints,
+            backend="server",
+            common=common,
+            progress=progress,
+            pacing=pacing,
+            resolver=resolver,
+        )
 
 
 def submit_served(
@@ -85,7 +96,8 @@ def submit_served(
     pacing = msgspec.structs.replace(
         pacing, concurrency=keywords.get("concurrency") or SERVED_CONCURRENCY, patience=float("inf")
     )
-    with serving.running():
+    resolving = ways.for_engine(run, runner.args, presign=common.presign)
+    with resolving as resolver, serving.running():
         return ask_servers(
             run,
             feed,
@@ -95,6 +107,7 @@ def submit_served(
             progress=progress,
             pacing=pacing,
             check=serving.check,
+            resolver=resolver,
         )
 
 
@@ -139,6 +152,7 @@ def ask_servers(
     progress: Progress,
     pacing: Pacing,
     check: Callable[[], None] = lambda: None,
+    resolver: Resolver | None = None,
 ) -> SubmitReport:
     """Ask `endpoints` all that is due. Raises `EngineError` where none answers any more, `RunBusyError` where other
     processes hold all there is to do."""
@@ -165,6 +179,7 @@ def ask_servers(
             report=report,
             progress=progress,
             count_tokens=pacing.tokens_per_minute > 0,
+            resolver=resolver,
         )
         work.total = due
         try:

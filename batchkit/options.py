@@ -62,6 +62,7 @@ class PrepareKeywords(TypedDict, total=False):
     documents_field: str | None
     extra_body: dict[str, Any]
     fit: str | None
+    images: Literal["inline", "link"]
     max_side: int | None
     max_pixels: int | None
     image_format: Literal["keep", "jpeg", "png", "webp"]
@@ -81,14 +82,15 @@ class PrepareOptions(BaseModel):
     `image_field` None means `image` where a row has it; with named ones `on_bad_image` decides on a row that has an
     image in none of them. `id_fields` None means `id` where a row has it. `answer_field` holds the right answer: it is
     never sent, `evaluate` compares with it (None: `answer` where rows have it). `start`, `end` (exclusive) and `limit`
-    select rows by position. `max_side` in pixels, `max_pixels` in pixels of area; `fit` is a model, to whose own size
-    for them images are shrunk (within the other two). `max_requests` and `max_bytes` bound a shard, None for the
-    backend's limits; with `dedupe` the same request is in a shard once. `max_tokens` and `temperature` None: they are
-    not sent; left out, they are `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the
-    backend `openai`. `reuse` are other runs: what they have answered already is taken over, the first named first.
-    `url` is the endpoint; `response_schema` a decoded JSON schema that answers must match; `documents_field` None:
-    `documents`. `placeholders` False takes `<image>` and the like in a question as text. `image_root` may be remote;
-    `allow_private_hosts` fetches http images from hosts of the own network, too.
+    select rows by position. `images` "link": requests name images by their addresses, which `submit` resolves.
+    `max_side` in pixels, `max_pixels` in pixels of area; `fit` is a model, to whose own size for them images are shrunk
+    (within the other two). `max_requests` and `max_bytes` bound a shard, None for the backend's limits; with `dedupe`
+    the same request is in a shard once. `max_tokens` and `temperature` None: they are not sent; left out, they are
+    `LOCAL_DEFAULTS` for local backends. `host` is who speaks OpenAI's batch API, for the backend `openai`. `reuse` are
+    other runs: what they have answered already is taken over, the first named first. `url` is the endpoint;
+    `response_schema` a decoded JSON schema that answers must match; `documents_field` None: `documents`. `placeholders`
+    False takes `<image>` and the like in a question as text. `image_root` may be remote; `allow_private_hosts` fetches
+    http images from hosts of the own network, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -119,6 +121,7 @@ class PrepareOptions(BaseModel):
     documents_field: str | None = None
     extra_body: dict[str, Any] = {}
     fit: str | None = None
+    images: Literal["inline", "link"] = "inline"
     max_side: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     image_format: Literal["keep", "jpeg", "png", "webp"] = "keep"
@@ -284,6 +287,7 @@ def _refuse_no_text(name: str, value: Any) -> None:
 def _refuse_misplaced(options: PrepareOptions) -> None:
     """Raise `UsageError` where the backend does not run the endpoint, or the endpoint does not take an option."""
     url, backend = options.url, options.backend
+    _refuse_beside_links(options)
     if not runs(backend, url, options.host):
         name = options.host if backend == "openai" else backend
         taken = [known for known in URLS if runs(backend, known, options.host)]
@@ -299,6 +303,24 @@ def _refuse_misplaced(options: PrepareOptions) -> None:
     if options.response_schema is not None and schema_key in options.extra_body:
         raise UsageError(
             f"--extra-body may not set {schema_key!r} beside --response-schema", hint="leave one of the two out"
+        )
+
+
+def _refuse_beside_links(options: PrepareOptions) -> None:
+    """Raise `UsageError` for what needs the images themselves, which `--images link` leaves where they are."""
+    if options.images != "link":
+        return
+    for option in ("fit", "max_side", "max_pixels", "image_format", "image_quality"):
+        if getattr(options, option) != PrepareOptions.model_fields[option].get_default():
+            flag = "--" + option.replace("_", "-")
+            raise UsageError(
+                f"{flag} changes images, and --images link leaves them as they are", hint="leave one of the two out"
+            )
+    if options.reuse:
+        raise UsageError(
+            "--reuse goes without --images link: a link does not tell whether its image is still the one that was "
+            "answered",
+            hint="leave --images link out: images in requests are compared byte for byte",
         )
 
 

@@ -38,6 +38,7 @@ def run(
     engine: str = "run-batch",
     engine_args: Sequence[str] = (),
     ray: str | None = None,
+    presign: bool = False,
     endpoints: Sequence[str] = (),
     concurrency: int | None = None,
     rate_limit_delay: float | None = None,
@@ -78,6 +79,8 @@ def run(
 
     # What submit and merge would refuse is refused before anything is made or paid for.
     refuse_endpoint(keywords.get("url", CHAT), keywords.get("backend", "vllm"), engine)
+    if presign and keywords.get("images") != "link":
+        raise UsageError("--presign is for runs that name their images", hint="--images link")
     ResultEncoder(parse=parse or "text", prefix=prefix)
     places(output or f"{str(run).rstrip('/')}/results.jsonl", retry_file, never=[place_of(tasks)])
     if delete_sent and shards is not None:
@@ -94,6 +97,7 @@ def run(
         engine=engine,
         engine_args=engine_args,
         ray=ray if keywords.get("backend", "vllm") == "vllm" else None,
+        presign=presign,
         endpoints=endpoints,
         concurrency=concurrency,
         rate_limit_delay=rate_limit_delay,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import re
-from typing import Any
+from typing import Any, Self
 
 from batchkit import s3
 from batchkit.errors import CredentialsError, UsageError
@@ -23,11 +23,14 @@ USUAL_SECONDS = 12 * 3600
 UNKNOWN_SECONDS = 3600
 """For temporary credentials that do not say when they expire: the shortest life that people usually give to a role."""
 
+CLOCK_SECONDS = 5
+"""Between looking at the credentials and signing with them."""
+
 LEAST_SECONDS = 60
 """Credentials that end sooner are of no use."""
 
 EXPIRATION = "AWS_CREDENTIAL_EXPIRATION"
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _LONGER = "a long-lived key signs for up to 7 days; a role's sessions may last longer (aws sts assume-role "
 _LONGER += "--duration-seconds, or the role's maximum session duration)"
 
@@ -35,7 +38,7 @@ _LONGER += "--duration-seconds, or the role's maximum session duration)"
 def seconds_of(text: str) -> int:
     """A time as people write it: 90s, 30m, 12h, 7d, or seconds. Raises `UsageError`."""
     found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text.strip())
-    seconds = int(found[1]) * _UNITS.get(found[2], 1) if found else 0
+    seconds = int(found[1]) * UNITS.get(found[2], 1) if found else 0
     if not 0 < seconds <= MOST_SECONDS:
         raise UsageError(f"--expires {text}: from 1s to 7d, which is the most that S3 allows", hint="--expires 12h")
     return seconds
@@ -72,6 +75,26 @@ class Signer:
             hint=_LONGER if known else f"{EXPIRATION}=2026-12-31T23:59:59Z says when they expire; {_LONGER}",
         )
 
+    @classmethod
+    def lasting(cls, uri: str, least: int, *, what: str) -> Self:
+        """One whose URLs hold as long as they can, and `least` seconds, which `what` may take. Raises `UsageError`
+        where they cannot hold that long."""
+        now = dt.datetime.now(dt.UTC).replace(microsecond=0)
+        end, known = _end_of_credentials(uri, now)
+        left = MOST_SECONDS if end is None else min(MOST_SECONDS, int((end - now).total_seconds()) - CLOCK_SECONDS)
+        if least <= left:
+            return cls(uri, left)
+        if least > MOST_SECONDS:
+            why = f"a signed URL holds {_shown(MOST_SECONDS)} at most"
+        else:
+            when = f"in {_shown(left)}" if known else f"at an unknown time ({_shown(left)} is believed)"
+            why = f"these credentials expire {when}, and the URLs with them"
+        said = "" if known else f"{EXPIRATION}=2026-12-31T23:59:59Z says when they expire; "
+        raise UsageError(
+            f"--presign: {what} may take {_shown(least)}, and {why}",
+            hint=f"without --presign the images go as base64; {said}{_LONGER}",
+        )
+
     def get(self, uri: str) -> str:
         """A URL to read the object `uri`."""
         return self._sign(uri, "get_object")
@@ -103,6 +126,29 @@ class Signer:
                 client = s3.client_in(_region(client, bucket) or client.meta.region_name)
             self._clients[bucket] = client
         return self._clients[bucket]
+
+
+class Presigner:
+    """Signs URLs for a backend that needs them for `least` seconds from then on; `what` it does meanwhile is for
+    messages. `slack` more seconds are wanted at the beginning. The credentials may be renewed in between."""
+
+    def __init__(self, uri: str, least: int, *, what: str, slack: int = 0) -> None:
+        self._uri, self._least, self._what = uri, least, what
+        self._signer = Signer.lasting(uri, least + slack, what=what)
+
+    @property
+    def until(self) -> str:
+        return self._signer.until.isoformat()
+
+    def holds(self, until: str) -> bool:
+        """Whether that is late enough for what begins now."""
+        return (dt.datetime.fromisoformat(until) - dt.datetime.now(dt.UTC)).total_seconds() >= self._least
+
+    def get(self, uri: str) -> str:
+        """Raises `UsageError` where it cannot hold long enough any more."""
+        if not self.holds(self.until):
+            self._signer = Signer.lasting(self._uri, self._least, what=self._what)
+        return self._signer.get(uri)
 
 
 def _region(client: Any, bucket: str) -> str | None:

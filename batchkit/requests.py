@@ -17,9 +17,10 @@ from batchkit.endpoints import Endpoint, endpoint_at
 from batchkit.errors import UsageError
 from batchkit.images import Picture
 from batchkit.limits import CHAT
+from batchkit.links import Link
 
-Content = Sequence[str | Picture]
-"""Texts and pictures in the order in which the model sees them."""
+Content = Sequence[str | Picture | Link]
+"""Texts, and pictures or links to some, in the order in which the model sees them."""
 Documents = str | list[str] | None
 """What a question is compared with: one text, or several."""
 Body = Callable[[Content, Documents], list[bytes]]
@@ -111,8 +112,8 @@ def _chat(system: str | None, detail: str | None) -> Body:
     if system is not None:
         before += _encode({"role": "system", "content": system}) + b","
     before += b'{"role":"user","content":'
-    image = b'{"type":"image_url","image_url":{"url":"data:'
-    behind = b'"' + _detail(detail) + b"}}"
+    image = b'{"type":"image_url","image_url":{"url":'
+    behind = _detail(detail) + b"}}"
 
     def shape(content: Content, _: Documents) -> list[bytes]:
         if len(content) == 1 and isinstance(content[0], str):
@@ -125,8 +126,8 @@ def _chat(system: str | None, detail: str | None) -> Body:
 def _responses(system: str | None, detail: str | None) -> Body:
     """`instructions` and `input`; a question that is text alone is the input itself."""
     before = b'"instructions":' + _encode(system) + b',"input":' if system is not None else b'"input":'
-    image = b'{"type":"input_image","image_url":"data:'
-    behind = b'"' + _detail(detail) + b"}"
+    image = b'{"type":"input_image","image_url":'
+    behind = _detail(detail) + b"}"
 
     def shape(content: Content, _: Documents) -> list[bytes]:
         if len(content) == 1 and isinstance(content[0], str):
@@ -152,16 +153,23 @@ def _detail(detail: str | None) -> bytes:
     return b',"detail":' + _encode(detail) if detail is not None else b""
 
 
+def data_url(picture: Picture) -> tuple[bytes, ...]:
+    """A picture as a text in JSON, quotes too, in pieces."""
+    return (b'"data:', picture.media_type.encode("ascii"), b";base64,", pybase64.b64encode(picture.data), b'"')
+
+
 def _parts(content: Content, text: bytes, image: bytes, behind: bytes) -> list[bytes]:
-    """A list of parts: `text` goes before a text, `image` before the media type of a picture, `behind` behind it."""
+    """A list of parts: `text` goes before a text, `image` before the address of a picture, `behind` behind it."""
     parts = []
     opening = b"["
     for part in content:
         parts.append(opening)
         if isinstance(part, str):
             parts += (text, _encode(part), b"}")
+        elif isinstance(part, Link):
+            parts += (image, _encode(part.uri), behind)
         else:
-            parts += (image, part.media_type.encode("ascii"), b";base64,", pybase64.b64encode(part.data), behind)
+            parts += (image, *data_url(part), behind)
         opening = b","
     parts.append(b"]")
     return parts

@@ -23,6 +23,7 @@ from batchkit import leases, mirrors, s3, storage, twins
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
 from batchkit.limits import CHAT
+from batchkit.links import Links
 from batchkit.measures import Totals
 from batchkit.storage import open_read, read_lines, write_whole
 
@@ -61,6 +62,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return str(self.options.get("url", CHAT))
 
     @property
+    def has_links(self) -> bool:
+        """Whether the requests name images by their addresses, which `submit` resolves."""
+        return self.options.get("images") == "link"
+
+    @property
     def response_schema(self) -> dict[str, Any] | None:
         """What answers must match, None where anything goes."""
         return self.options.get("response_schema")
@@ -86,6 +92,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     shard have already. `tokens` estimates what the requests take, where a provider bills them. `reused` counts the
     requests whose answers `prepare` took over, by the run that they are from; `tokens_to_send` are those of the others,
     where there are any reused ones. `attached_checksum` is of the images that came with the rows, beside their JSON.
+    `links` are the images that the requests name, where they do.
     """
 
     shard: int
@@ -107,6 +114,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     tokens_to_send: Totals | None = None
     attached_checksum: str = ""
     twins: str = ""
+    links: Links | None = None
 
     @property
     def firsts(self) -> dict[int, int]:

@@ -19,10 +19,12 @@ from batchkit.feeds import Feed
 from batchkit.handover import Cost, Settings
 from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
+from batchkit.packing import Packed, Packer
 from batchkit.parcels import Parcel
 from batchkit.progress import BoardRow, Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
+from batchkit.resolving import record
 from batchkit.runs import Run, Seal
 from batchkit.watches import Clerk, Event, Watch
 from batchkit.work import Leases
@@ -56,16 +58,18 @@ class Services:
         leases: Leases,
         report: SubmitReport,
         progress: Progress,
+        packer: Packer | None = None,
     ) -> None:
         self._run = run
         self._service = service
+        self._packer = packer
         self._settings = settings
         self._host = host
         self._estimate = estimate
         self._leases = leases
         self._report = report
         self._progress = progress
-        self._clerk = Clerk(run, service, settings.pace, progress)
+        self._clerk = Clerk(run, service, settings.pace, progress, packer)
         self._seals: Sequence[Seal] = feed.chosen
         self._queue = Queue(run, feed, limits=limits, settings=settings, leases=leases, release=self._release)
         self._watches: dict[str, Watch] = {}
@@ -116,7 +120,8 @@ class Services:
     def _take_up_one(self, tracked: Tracked) -> None:
         remote = tracked.remote
         watch = Watch(tracked=tracked)
-        if (tracked.attempt.backend, remote.base_url) == (self._service.name, self._service.base_url):
+        here = (tracked.attempt.backend, remote.base_url) == (self._service.name, self._service.base_url)
+        if here and (watch.is_created or not self._is_to_be_packed(tracked)):
             self._watches[tracked.name] = watch
         elif watch.is_created:
             self._progress.say(
@@ -128,11 +133,41 @@ class Services:
     def _send(self) -> None:
         """Create batches while there is room for more."""
         while self._has_room() and (parcel := self._queue.first()) is not None:
-            estimate = self._estimate(parcel.seal, parcel.positions)
+            if self._packer is None:
+                estimate = self._estimate(parcel.seal, parcel.positions)
+            elif (packed := self._pack(self._packer, parcel)) is None:
+                continue
+            else:
+                estimate = packed.cost
             if not self._has_tokens(estimate) or not self._can_pay(estimate):
                 return
             self._queue.remove_first(parcel)
             self._start(parcel, estimate)
+
+    def _pack(self, packer: Packer, parcel: Parcel) -> Packed | None:
+        """The file of a parcel; None where it holds not all of it: then what it holds is the next parcel."""
+        packed = packer.pack(parcel)
+        if not packed.rest and not packed.faults:
+            return packed
+        seal = parcel.seal
+        self._queue.remove_first(parcel)
+        self._queue.refund(len(parcel.positions))
+        self._queue.put_back(seal, packed.rest)
+        self._queue.put_back(seal, packed.positions)
+        if lost := len(packed.faults):
+            record(self._run, seal, packed.faults, backend=self._service.name)
+            self._queue.mark_handled(seal.shard, list(packed.faults))
+            self._report.responses += lost
+            self._progress.update(lost)
+            self._progress.say(f"shard {seal.shard}: {lost:,} requests are not sent: their images cannot be had")
+            self._release()
+        return None
+
+    def _is_to_be_packed(self, tracked: Tracked) -> bool:
+        """Whether an attempt that is not created needs a file that is not there any more."""
+        if self._packer is None:
+            return False
+        return tracked.attempt.state == "intended" or not self._packer.holds(tracked.remote.signed_until)
 
     def _start(self, parcel: Parcel, estimate: Cost) -> None:
         remote = Remote(
@@ -142,6 +177,7 @@ class Services:
             input_tokens=estimate.input_tokens,
             usd=estimate.usd,
             host=self._host,
+            signed_until=self._packer.until if self._packer is not None else None,
         )
         tracked = attempts.intend(self._run, parcel.seal, parcel.positions, remote, backend=self._service.name)
         self._spent += estimate.usd or 0.0
@@ -302,6 +338,13 @@ class Services:
             self._unsend(tracked)
             self._clerk.withdraw(tracked, "nothing more was to be sent")
             return
+        if self._is_to_be_packed(tracked):
+            del self._watches[tracked.name]
+            self._progress.say(f"{tracked.label}: the URLs of its images have become too old; they are signed anew")
+            self._clerk.withdraw(tracked, "the URLs of its images had become too old")
+            self._unsend(tracked)
+            self._queue.put_back(tracked.seal, tracked.positions)
+            return
         alone = not any(other.counts for other in self._watches.values())
         if alone and watch.token_waits >= TOKEN_WAITS and len(tracked.positions) > 1:
             del self._watches[tracked.name]
@@ -316,7 +359,10 @@ class Services:
 
     def _shrink(self, tracked: Tracked, event: Event) -> None:
         """The file was too large for the provider, whatever it documents: this one and all that follow are halved."""
-        size = self._queue.shrink(tracked.seal, tracked.positions)
+        if self._packer is not None:
+            size = self._packer.shrink()
+        else:
+            size = self._queue.shrink(tracked.seal, tracked.positions)
         self._progress.say(f"{tracked.label}: {event.message}; files are cut to {size / 1e6:,.1f} MB")
         self._unsend(tracked)
         self._queue.put_back(tracked.seal, tracked.positions)

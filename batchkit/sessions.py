@@ -28,8 +28,9 @@ import msgspec
 
 from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Part, Plan
-from batchkit.errors import RunBusyError
+from batchkit.errors import RowError, RunBusyError
 from batchkit.jobs import OVER, Attempt
+from batchkit.resolving import Resolver, record
 from batchkit.rounds import Key
 from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
@@ -51,27 +52,26 @@ class Recovered(msgspec.Struct, kw_only=True):
 # -- before the engine -----------------------------------------------------------------------------------------------
 
 
-def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key]) -> Plan:
-    """Steps 1 and 2: the plan, the input, the intent. The shards' leases are held."""
+def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key], resolver: Resolver | None = None) -> Plan:
+    """Steps 1 and 2: the plan, the input, the intent. The shards' leases are held.
+
+    `resolver` is there for a run with links: what it cannot resolve is recorded as failed, and not in the plan.
+    """
     session = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    rows: dict[int, list[int]] = {}
-    for shard, position in sorted(keys):
-        rows.setdefault(shard, []).append(position)
-    parts = [
-        Part(shard=shard, attempt=run.next_attempt(shard), rows=seals[shard].ranges(positions))
-        for shard, positions in rows.items()
-    ]
-    plan = Plan(session=session, parts=parts)
+    plan = _plan(run, seals, session, keys)
     folder = run.engine_path(session)
     folder.mkdir(parents=True)
-    with write_whole(folder / "plan.json", durable=True) as stream:
-        stream.write(msgspec.json.encode(plan))
+    _write_plan(folder, plan)
     sync_folder(folder.parent)
-    with write_whole(folder / vllm.INPUT) as stream:
-        for part in parts:
-            for line in request_lines(run, seals[part.shard], part.rows):
-                stream.write(line)
-    for part in parts:
+    if resolver is None:
+        with write_whole(folder / vllm.INPUT) as stream:
+            for part in plan.parts:
+                for line in request_lines(run, seals[part.shard], part.rows):
+                    stream.write(line)
+    elif faulty := _write_resolved(run, seals, plan, resolver):
+        plan = _plan(run, seals, session, [key for key in keys if key not in faulty])
+        _write_plan(folder, plan)
+    for part in plan.parts:
         job = run.job(part.shard)
         job.attempts.append(
             Attempt(
@@ -80,6 +80,42 @@ def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key]) -> Plan:
         )
         run.write_job(job)
     return plan
+
+
+def _plan(run: Run, seals: Mapping[int, Seal], session: str, keys: Sequence[Key]) -> Plan:
+    rows: dict[int, list[int]] = {}
+    for shard, position in sorted(keys):
+        rows.setdefault(shard, []).append(position)
+    parts = [
+        Part(shard=shard, attempt=run.next_attempt(shard), rows=seals[shard].ranges(positions))
+        for shard, positions in rows.items()
+    ]
+    return Plan(session=session, parts=parts)
+
+
+def _write_plan(folder: Path, plan: Plan) -> None:
+    with write_whole(folder / "plan.json", durable=True) as stream:
+        stream.write(msgspec.json.encode(plan))
+
+
+def _write_resolved(run: Run, seals: Mapping[int, Seal], plan: Plan, resolver: Resolver) -> set[Key]:
+    """Write the input with its links resolved. Returns what could not be, which is recorded."""
+    folder = run.engine_path(plan.session)
+    faults: dict[int, dict[int, RowError]] = {part.shard: {} for part in plan.parts}
+    try:
+        with write_whole(folder / vllm.INPUT) as stream:
+            for part in plan.parts:
+                for position, line, fault in resolver.lines(seals[part.shard], part.rows):
+                    if fault is None:
+                        stream.write(line + b"\n")
+                    else:
+                        faults[part.shard][position] = fault
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    for shard, of_shard in faults.items():
+        record(run, seals[shard], of_shard, backend=BACKEND)
+    return {(shard, position) for shard, of_shard in faults.items() for position in of_shard}
 
 
 def mark_running(run: Run, plan: Plan) -> None:

@@ -16,6 +16,7 @@ import xxhash
 
 from batchkit import twins
 from batchkit.errors import RunError, StorageError
+from batchkit.links import Links
 from batchkit.measures import Totals
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read, remove, shown, write_whole
@@ -45,6 +46,7 @@ class ShardDraft:
         self._requests_bytes = 0
         self._hashes = [xxhash.xxh3_128() for _ in range(3)]
         self._attached = AttachedHash()
+        self._links: Links | None = None
 
     def add(
         self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None
@@ -67,6 +69,8 @@ class ShardDraft:
         else:
             self._requests += 1
             self._pixels += done.pixels
+            for link in done.links:
+                self._links = (self._links or Links()).with_one(link)
             if done.tokens is not None:
                 self._tokens = self._tokens or Totals()
                 self._tokens.add(done.tokens)
@@ -100,6 +104,7 @@ class ShardDraft:
             reused=dict(self._reused),
             tokens_to_send=self._tokens_to_send if self._reused and self._tokens is not None else None,
             attached_checksum=self._attached.hexdigest(),
+            links=self._links,
         )
 
 

@@ -40,6 +40,11 @@ class Ware:
         self.size = 0
         self.fault: str | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return self.future is None or self.future.done()
+
     def wait(self) -> None:
         """Raises `BatchkitError` where no image can be had."""
         if self.future is None:
@@ -92,6 +97,10 @@ class Stock:
         ware.users -= 1
         ware.wait()
         return self._path(ware).read_bytes() if ware.fault is None else ware.fault
+
+    def leave(self, ware: Ware) -> None:
+        """Instead of `read`, where the image is not wanted any more."""
+        ware.users -= 1
 
     def is_full(self) -> bool:
         """Whether there is no room for more before some of what was taken is read. Makes room first."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Unpack
 
-from batchkit import counts, elsewhere, sessions
+from batchkit import counts, elsewhere, sessions, ways
 from batchkit.backends import vllm, vllm_ray
 from batchkit.batch_submission import ServiceKeywords, submit_run
 from batchkit.engines import Engines
@@ -28,6 +28,7 @@ from batchkit.live_submission import ServerKeywords, submit_live, submit_served
 from batchkit.parcels import pooling
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
+from batchkit.resolving import Resolver
 from batchkit.responses import Verdict
 from batchkit.rounds import Pool
 from batchkit.runs import Run, Seal
@@ -57,6 +58,7 @@ def submit(
     engine: str = "run-batch",
     engine_args: Sequence[str] = (),
     ray: str | None = None,
+    presign: bool = False,
     progress: Progress | None = None,
     feed: Feed | None = None,
     **others: Unpack[OtherKeywords],
@@ -68,7 +70,8 @@ def submit(
     failed in passing or with which the engine died; requests whose verdict is in `retry` are sent again in any case.
     `engine_args` go to vLLM; `engine` is its batch runner (`run-batch`) or its server (`serve`, whose responses are
     on the disk as they come). `feed` has the shards while `prepare` still makes them, for `run`. `ray` is the address
-    of a Ray cluster whose machines run the engines. `others` are for the other backends; `ServiceKeywords` and
+    of a Ray cluster whose machines run the engines. `presign`: of a run that names its images, those in S3 go as signed
+    URLs, not as base64. `others` are for the other backends; `ServiceKeywords` and
     `ServerKeywords` say what they mean.
 
     Raises `EngineError` where the engine does not work, `RunBusyError` where other processes hold all there is to do,
@@ -89,6 +92,7 @@ def submit(
     )
     _refuse_senseless(run, retry)
     refuse_endpoint(run.manifest.url, backend, engine)
+    ways.refuse_presign(run, presign)
     progress = progress or Silent()
     if feed is None:
         feed = Feed(_sealed(run, progress), shards=shards)
@@ -96,8 +100,12 @@ def submit(
         progress.say(gathered)
     refuse_deleted(run, feed.chosen, attempts=attempts, retry=retry, only=positions)
     feed.clean(run, attempts=attempts)
+    if backend == "vllm":
+        engine_args = [*(added := ways.media_args(run, feed, engine_args)), *engine_args]
+        if added:
+            progress.say(f"vLLM gets {shlex.join(added)}: it reads the images there")
     with terminable():
-        common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry, only=positions)
+        common = Settings(key_env="", limit=limit, attempts=attempts, retry=retry, only=positions, presign=presign)
         if backend == "server":
             report = submit_live(
                 run,
@@ -117,9 +125,10 @@ def submit(
             _tell_recovered(sessions.recover(run, feed.seals), progress)
             report = submit_served(run, feed, runner=served, common=common, progress=progress, keywords=others)
         else:
-            with _runner(run, feed, replicas, engine_args, ray) as runner:
+            resolving = ways.for_engine(run, engine_args, presign=presign)
+            with resolving as resolver, _runner(run, feed, replicas, engine_args, ray) as runner:
                 _tell_recovered(sessions.recover(run, feed.seals), progress)
-                report = _run_engines(run, feed, runner, progress, settings=common)
+                report = _run_engines(run, feed, runner, progress, settings=common, resolver=resolver)
     report.elsewhere = min(report.in_flight, elsewhere.requests_out(run, (seal.shard for seal in feed.chosen)))
     report.seconds = time.monotonic() - began
     return report
@@ -136,7 +145,15 @@ def _runner(run: Run, feed: Feed, replicas: int, args: Sequence[str], ray: str |
         yield runner
 
 
-def _run_engines(run: Run, feed: Feed, runner: vllm.Runner, progress: Progress, *, settings: Settings) -> SubmitReport:
+def _run_engines(
+    run: Run,
+    feed: Feed,
+    runner: vllm.Runner,
+    progress: Progress,
+    *,
+    settings: Settings,
+    resolver: Resolver | None,
+) -> SubmitReport:
     scan = Scan(run, feed.chosen, attempts=settings.attempts, retry=settings.retry, only=settings.only)
     report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
     if scan.in_flight:
@@ -154,7 +171,16 @@ def _run_engines(run: Run, feed: Feed, runner: vllm.Runner, progress: Progress, 
             only=settings.only,
         )
         progress.grow(work.due)
-        engines = Engines(run, feed, runner=runner, work=work, leases=leases, report=report, progress=progress)
+        engines = Engines(
+            run,
+            feed,
+            runner=runner,
+            work=work,
+            leases=leases,
+            report=report,
+            progress=progress,
+            resolver=resolver,
+        )
         engines.go(Pool(engines.take_fresh, attempts=settings.attempts, proven=scan.answered))
         if work.busy is not None and not report.sent:
             raise work.busy

@@ -18,6 +18,7 @@ from batchkit.attempts import Gathered, ShortError, Tracked
 from batchkit.batches import Batch, DoubtfulError, PassingError, RefusedError, Service
 from batchkit.errors import CredentialsError
 from batchkit.handover import Pace
+from batchkit.packing import Packer
 from batchkit.progress import Progress
 from batchkit.runs import Run
 
@@ -77,7 +78,10 @@ class Watch(msgspec.Struct, kw_only=True):
 class Clerk:
     """Does the steps, through one service."""
 
-    def __init__(self, run: Run, service: Service, pace: Pace, progress: Progress) -> None:
+    def __init__(
+        self, run: Run, service: Service, pace: Pace, progress: Progress, packer: Packer | None = None
+    ) -> None:
+        self._packer = packer
         self._run = run
         self._service = service
         self._pace = pace
@@ -89,7 +93,7 @@ class Clerk:
         state, created = watch.tracked.attempt.state, watch.is_created
         try:
             if state == "intended" and may_create():
-                attempts.upload(self._run, watch.tracked, self._service)
+                self._upload(watch.tracked)
                 state = "uploaded"
             if state == "uploaded" and may_create():
                 event = self._create(watch)
@@ -107,6 +111,14 @@ class Clerk:
         except RefusedError as exc:
             return self._refused(watch, exc, created=created)
         return event
+
+    def _upload(self, tracked: Tracked) -> None:
+        if self._packer is None:
+            attempts.upload(self._run, tracked, self._service)
+            return
+        shard = tracked.seal.shard
+        attempts.upload(self._run, tracked, self._service, self._packer.file_of(shard, tracked.positions))
+        self._packer.remove(shard)
 
     def _later(self, watch: Watch, seconds: float | None = None) -> None:
         watch.next_look = time.monotonic() + (self._pace.poll if seconds is None else seconds)

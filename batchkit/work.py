@@ -89,6 +89,7 @@ class Scan:
                 self.due += due
                 self.shards.append(seal)
                 size, pixels, requests = size + seal.requests_bytes, pixels + seal.pixels, requests + seal.requests
+                size += seal.links.inlined if seal.links is not None else 0
         self.weight = Weight(size / max(requests, 1), pixels / max(requests, 1))
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,25 @@ def test_every_row_is_answered_by_its_own_picture(tmp_path: Path) -> None:
     ]
     assert sum(right) >= 0.95 * 199
     assert submit(run, engine_args=ENGINE_ARGS).sent == 0
+
+
+def test_files_that_requests_name_are_the_ones_that_the_engine_opens(tmp_path: Path) -> None:
+    names = ["a#1.png", "b?x=1.png", "100%20.png", "c d.png", "größe.png", "a.png", "b.png", "100 .png"]
+    rows = [row for row in tasks(40) if isinstance(row["image"], str)][:8]
+    (tmp_path / "pictures").mkdir()
+    for row, name in zip(rows, names, strict=True):
+        shutil.copy(DIGITS / row["image"], tmp_path / "pictures" / name)
+        row["image"] = f"{tmp_path}/pictures/{name}"
+    rows.append({**rows[0], "id": "r8", "image": f"{tmp_path}/pictures/gone.png"})
+    shutil.copy(rows[5]["image"], rows[8]["image"])
+    run = make_run(tmp_path, rows, max_tokens=8, images="link")
+    Path(rows[8]["image"]).unlink()
+    report = submit(run, engine_args=ENGINE_ARGS)
+    assert (report.starts, report.sent, report.exit_code) == (1, 8, 3)
+    answers = [outcome.response.answer if outcome.response else None for outcome in found(run)]
+    assert answers[:8] == [row["truth"] for row in rows[:8]]
+    assert found(run)[8].verdict == Verdict.FAILED
+    assert all(b"base64" not in path.read_bytes() for path in (run.path / "requests").iterdir())
 
 
 SUBMIT = "import sys; from batchkit.submission import submit; submit(sys.argv[1], engine_args=sys.argv[2:])"

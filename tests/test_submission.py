@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +308,10 @@ def test_a_disk_that_is_full_when_responses_are_written_loses_nothing(
 ) -> None:
     run = make_run(200)
 
-    def full(source: Path, places: object, target: Path) -> None:
+    def full(lines: Iterable[bytes], target: Path) -> None:
         if target.name.startswith("00002"):
             raise StorageError("disk full")
-        write(source, places, target)  # type: ignore[arg-type]
+        write(lines, target)
 
     write = division._write
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from batchkit.client import Call, Client, Endpoint, NoEndpointError, Pacing, Ref
 from batchkit.credentials import Key, find_key
 from batchkit.errors import BatchkitError, CredentialsError, EngineError, UsageError
 from batchkit.limits import GEMINI_KEYS
+from batchkit.signatures import hide
 
 if TYPE_CHECKING:
     import aiohttp
@@ -167,7 +168,7 @@ def ask(
 
 def _explain(refusal: RefusingError) -> BatchkitError:
     endpoint, status = refusal.endpoint, refusal.status
-    text = refusal.body[:2000].decode("utf-8", "replace")
+    text = hide(refusal.body[:2000].decode("utf-8", "replace"))
     if status == 401 or (status == 403 and endpoint.key is not None):
         return _refused(endpoint, text)
     said = f"{endpoint.url} refuses all requests: status {status}"

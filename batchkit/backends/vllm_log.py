@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from batchkit.signatures import hide
+
 Kind = Literal["disk", "missing", "model", "memory", "argument", "request", "lost", "other"]
 """`lost`: where the engine ran is gone, which says nothing of its requests. No log says that."""
 
@@ -153,7 +155,7 @@ def useful_lines(path: Path) -> deque[str]:
     for raw in re.split(r"[\r\n]+", text):
         line = _PREFIX.sub("", raw).rstrip()
         if line and not _FRAME.match(line) and not _CHATTER.search(raw) and (not lines or lines[-1] != line):
-            lines.append(_shorten(line, 500))
+            lines.append(_shorten(hide(line), 500))
     return lines
 
 
