@@ -23,7 +23,6 @@ from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.runs import Run, Seal, as_ranges, now
-from batchkit.shardfiles import request_lines
 from batchkit.storage import open_read, remove, write_whole
 
 BACKEND = "vllm"
@@ -97,6 +96,8 @@ def open_in(run: Run, shard: int) -> list[Attempt]:
 
 
 def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path) -> None:
+    from batchkit.shardfiles import request_lines  # with all that makes requests: `merge` needs none of it
+
     path.parent.mkdir(exist_ok=True)
     with write_whole(path) as stream:
         for line in request_lines(run, seal, rows):

@@ -13,14 +13,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import xxhash
-
 from batchkit import elsewhere
 from batchkit.billing import Billing
-from batchkit.errors import InputError, UsageError
+from batchkit.errors import UsageError
 from batchkit.flat import FlatEncoder, FlatFields, check_flat, fields_of, has_image
 from batchkit.jobs import Attempt
-from batchkit.outcomes import damaged, load
+from batchkit.joining import join
+from batchkit.outcomes import files_of
 from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.parts import Parts, Span, open_all
 from batchkit.progress import Progress, Silent
@@ -90,8 +89,10 @@ def merge(
                 for seal in span.seals():
                     if isinstance(encoder, FlatEncoder):
                         encoder.know(_shown(span.run, seal))
-                    _merge_shard(span.run, seal, outputs, billing)
-                    attempts += span.run.job(seal.shard).attempts
+                    files = files_of(span.run, seal)
+                    join(files, outputs.sheet)
+                    billing.take(outputs.sheet.charges)
+                    attempts += files.attempts
                     progress.update(seal.end - seal.start)
         return outputs.write_summary(
             **parts.known(),
@@ -136,32 +137,6 @@ def _shown(run: Run, seal: Seal) -> dict[int, bool]:
         return {}
     with open_read(str(run.fetch(path))) as stream:
         return dict(zip(positions, map(has_image, stream), strict=False))
-
-
-def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:
-    shard = load(run, seal, outputs.album.keep)
-    for outcome, row in zip(shard.outcomes, _rows(run, seal), strict=True):
-        outputs.add(row, outcome)
-    outputs.add_strays(shard.unexpected, shard.unreadable)
-    for backend, response in shard.superseded:
-        billing.add(response, backend)
-
-
-def _rows(run: Run, seal: Seal) -> Iterator[bytes]:
-    """The shard's rows. Raises `RunError`, behind the last one at the latest, where they are not what prepare wrote."""
-    path = run.fetch(run.rows_path(seal.shard))
-    digest = xxhash.xxh3_128()
-    try:
-        with open_read(str(path)) as stream:
-            for count, line in enumerate(stream):
-                if count == seal.end - seal.start:
-                    raise damaged(path, "has more rows than prepare wrote")
-                digest.update(line)
-                yield line.removesuffix(b"\n")
-    except InputError as exc:
-        raise damaged(path, "cannot be read") from exc
-    if digest.hexdigest() != seal.rows_checksum:
-        raise damaged(path, "is not what prepare wrote (its checksum differs)")
 
 
 def check_names(names_in_use: list[str], prefix: str) -> None:

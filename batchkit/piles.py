@@ -22,10 +22,11 @@ from batchkit.errors import InputError, RowError, UsageError
 from batchkit.flat import FlatEncoder, FlatFields, check_flat, default_ids
 from batchkit.inputs import Source, open_source
 from batchkit.outcomes import Outcome, conflict_message
-from batchkit.outputs import Encoder, Outputs, Places, place_of, places
+from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.progress import Progress, Silent
 from batchkit.responses import ANSWERS, Response, UnreadableLine, Verdict, choose, gist, parse
 from batchkit.results import ResultEncoder
+from batchkit.sheets import Encoder, Sheet
 from batchkit.spills import Partitions, merge_numbered, numbered, write_lines
 from batchkit.storage import COMPRESSED, is_remote, open_read, read_lines
 from batchkit.summaries import Summary
@@ -95,13 +96,15 @@ def merge_pile(
     pile = _Pile(source, files, tuple(id_fields or default_ids(source.format)), id_separator)
     progress = progress or Silent()
     with Outputs(to, encoder) as outputs:
-        for row, outcome in zip_longest(source.rows(), pile.outcomes(outputs, to)):
+        rows = zip_longest(source.rows(), pile.outcomes(outputs.sheet, to))
+        place = -1
+        for place, (row, outcome) in enumerate(rows):
             if row is None or outcome is None:
                 raise InputError(f"{tasks}: changed while it was merged", hint="run the same command again")
-            outputs.add(row.raw, outcome)
-            if outputs.tally.rows % 1000 == 0:
+            outputs.sheet.add(row.raw, outcome, place)
+            if place % 1000 == 999:
                 progress.update(1000)
-        progress.update(outputs.tally.rows % 1000)
+        progress.update((place + 1) % 1000)
     return outputs.write_summary()
 
 
@@ -134,22 +137,22 @@ class _Pile:
         self._id_fields = id_fields
         self._separator = separator
 
-    def outcomes(self, outputs: Outputs, to: Places) -> Iterator[Outcome]:
-        """One outcome per row, in row order. Lines that belong to no row go to `outputs`."""
+    def outcomes(self, sheet: Sheet, to: Places) -> Iterator[Outcome]:
+        """One outcome per row, in row order. Lines that belong to no row go to `sheet`."""
         count = max(1, -(-(self._source.size + sum(map(_size, self._files))) // PARTITION_BYTES))
         if count == 1:
             rejected: list[_Joined] = []
-            joined = _join(self._ids(rejected), self._lines(), self._tasks, outputs)
+            joined = _join(self._ids(rejected), self._lines(), self._tasks, sheet)
             for _, outcome in sorted([*joined, *rejected], key=lambda entry: entry.position):
                 yield outcome
             return
         with tempfile.TemporaryDirectory(
             prefix=f".{to.results.name}.{os.getpid()}-", suffix=".tmp", dir=to.results.parent
         ) as folder:
-            for line in merge_numbered(self._join_partitions(Path(folder), count, outputs)):
+            for line in merge_numbered(self._join_partitions(Path(folder), count, sheet)):
                 yield _decode_outcome(line)
 
-    def _join_partitions(self, folder: Path, count: int, outputs: Outputs) -> list[Path]:
+    def _join_partitions(self, folder: Path, count: int, sheet: Sheet) -> list[Path]:
         """Spill ids and responses, join partition after partition; files of numbered outcomes."""
         ids, lines = Partitions(folder, "ids", count), Partitions(folder, "lines", count)
         rejected: list[_Joined] = []
@@ -165,10 +168,10 @@ class _Pile:
             try:
                 lines.add(_key(line), line)
             except UnreadableLine:
-                outputs.add_strays((), [line])
+                sheet.add_strays((), [line])
         lines.flush()
         for number in range(count):
-            joined = _join(map(_decode_id, ids.lines(number)), lines.lines(number), self._tasks, outputs)
+            joined = _join(map(_decode_id, ids.lines(number)), lines.lines(number), self._tasks, sheet)
             done.append(write_lines(folder / f"joined-{number}", map(_numbered, joined)))
             ids.drop(number)
             lines.drop(number)
@@ -214,21 +217,21 @@ def _key(line: bytes) -> str:
         return parse(line).custom_id
 
 
-def _join(ids: Iterable[_Id], lines: Iterable[bytes], tasks: str, outputs: Outputs) -> Iterator[_Joined]:
+def _join(ids: Iterable[_Id], lines: Iterable[bytes], tasks: str, sheet: Sheet) -> Iterator[_Joined]:
     """The outcomes of one partition, in row order."""
     rows: dict[str, _Id] = {}
     repeated = [entry for entry in ids if rows.setdefault(entry.custom_id, entry) is not entry]
     found: dict[str, dict[bytes, Response]] = {}
     for line in lines:
         try:
-            response = parse(line, outputs.album.keep)
+            response = parse(line, sheet.album.keep)
         except UnreadableLine:
-            outputs.add_strays((), [line])
+            sheet.add_strays((), [line])
             continue
         if response.custom_id in rows:
             _add(found.setdefault(response.custom_id, {}), response)
         else:
-            outputs.add_strays([line], ())
+            sheet.add_strays([line], ())
     outcomes = [
         _Joined(row.position, _outcome(row.custom_id, list(found.get(row.custom_id, {}).values())))
         for row in rows.values()

@@ -25,6 +25,7 @@ from batchkit.errors import InputError, StorageError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 SPOTS = 64
 LEFT_SECONDS = 600
 """So long untouched, a file of a process that is gone is a leftover."""
@@ -208,6 +209,21 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
     """Lines of `stream`, without their line feed. Only `\\n` ends a line: JSON text may hold U+2028 and others."""
     for line in stream:
         yield line[:-1] if line.endswith(b"\n") else line
+
+
+def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """`stream` in blocks of whole lines; the last one may lack its line feed. A block is as long as its longest line,
+    or about `BLOCK_BYTES`."""
+    held: list[bytes] = []
+    while piece := stream.read(BLOCK_BYTES):
+        cut = piece.rfind(b"\n") + 1
+        if cut:
+            yield b"".join((*held, piece[:cut]))
+            held.clear()
+        if cut < len(piece):
+            held.append(piece[cut:])
+    if held:
+        yield b"".join(held)
 
 
 @contextlib.contextmanager
