@@ -25,7 +25,8 @@ from batchkit.errors import InputError, StorageError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 15
+"""So small that memory is used again: what takes 128 KB and more, the C library gives back to the system each time."""
 SPOTS = 64
 LEFT_SECONDS = 600
 """So long untouched, a file of a process that is gone is a leftover."""
