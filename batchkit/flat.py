@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -12,6 +13,8 @@ from batchkit.errors import RowError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS
 from batchkit.results import Result, ResultEncoder
+from batchkit.runs import Seal
+from batchkit.storage import open_read
 from batchkit.tasks import DEFAULT_ID_FIELD, DEFAULT_IMAGE_FIELD, parse_object
 from batchkit.vlmevalkit import ID_FIELDS as VLMEVALKIT_ID_FIELDS
 
@@ -140,6 +143,16 @@ def check_flat(prefix: str) -> None:
 def has_image(request: bytes) -> bool:
     """Whether a request line of ours has an image; a text that quotes these words has backslashes in them."""
     return b'"type":"image_url"' in request or b'"type":"input_image"' in request
+
+
+def shown_in(requests: Path | None, seal: Seal) -> dict[int, bool]:
+    """By position, whether the request of a row has an image; nothing where there are no requests of ours."""
+    if requests is None:
+        return {}
+    rejected = {rejection.position for rejection in seal.rejected}
+    positions = [position for position in range(seal.start, seal.end) if position not in rejected]
+    with open_read(str(requests)) as stream:
+        return dict(zip(positions, map(has_image, stream), strict=False))
 
 
 def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:

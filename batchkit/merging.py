@@ -1,7 +1,8 @@
 """The stage `merge`: rows and responses of a run → one result per row, in row order.
 
-Shard after shard, in the memory of one: the responses to shard k belong to rows k. It works at any time, also while
-`submit` is running; what has no response yet is `pending`. Several runs, parts of one task file, give one result.
+Shard after shard, in the memory of one: the responses to shard k belong to rows k. So several processes can each make
+the results of a shard, as files aside, which are put together in the order of the rows. It works at any time, also
+while `submit` is running; what has no response yet is `pending`. Several runs, parts of one task file, give one result.
 """
 
 from __future__ import annotations
@@ -10,26 +11,32 @@ import contextlib
 import glob
 import shlex
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from batchkit import elsewhere
+from batchkit import elsewhere, pieces, teams
 from batchkit.billing import Billing
-from batchkit.errors import UsageError
-from batchkit.flat import FlatEncoder, FlatFields, check_flat, fields_of, has_image
+from batchkit.errors import BatchkitError, UsageError
+from batchkit.flat import check_flat, fields_of
 from batchkit.jobs import Attempt
 from batchkit.joining import join
 from batchkit.outcomes import files_of
 from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.parts import Parts, Span, open_all
+from batchkit.pieces import Encoding, Form, Order, Piece
 from batchkit.progress import Progress, Silent
-from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
 from batchkit.s3 import is_s3
-from batchkit.storage import is_remote, open_read
+from batchkit.storage import aside_of, is_remote
 from batchkit.summaries import Summary
 
 __all__ = ["Summary", "merge"]
+
+FORKED_ROWS = 20_000
+SPAWNED_ROWS = 500_000
+"""So many rows are worth other processes: forked ones, which begin at once, and new ones, after half a second."""
 
 
 def merge(
@@ -40,6 +47,7 @@ def merge(
     prefix: str = "",
     flat: bool = False,
     retry_file: str | Path | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
@@ -48,20 +56,19 @@ def merge(
     Rows whose images or prompts are not in them (of tables with images inside, of VLMEvalKit) make no file to retry.
     `output` is `RUN/results.jsonl` unless given, and may be a `.csv` or `.parquet`; `parse` is one of `answers.KINDS`,
     unless given `text`, or `json` checked against the schema where a run was prepared with one; `prefix` goes before
-    the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. Nothing is replaced unless all of it
-    was written. Raises `UsageError` where a row uses one of our names, or runs do not go together; `RunError` where a
-    run is damaged, `RunBusyError` where another merge is at work.
+    the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. `workers` is the number of
+    processes, None for one a core where there is work for them; what is written is the same. Nothing is replaced unless
+    all of it was written. Raises `UsageError` where a row uses one of our names, or runs do not go together; `RunError`
+    where a run is damaged, `RunBusyError` where another merge is at work.
     """
     runs = open_all(run)
     progress = progress or Silent()
     if output is None and len(runs) > 1:
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
-    kind = parse or "text"
     if flat:
         check_flat(prefix)
-    encoder: ResultEncoder | FlatEncoder
-    encoder = FlatEncoder(kind, FlatFields(ids=None)) if flat else ResultEncoder(parse=kind, prefix=prefix)
+    encoding = Encoding(parse=parse or "text", prefix=prefix, flat=flat)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
     has_retry = all(span.rows_are_tasks for span in parts.spans)
     if retry_file is not None and not has_retry:
@@ -75,7 +82,6 @@ def merge(
             if not flat:
                 check_names(totals.names_in_use, prefix)
             progress.grow(totals.rows)
-    attempts: list[Attempt] = []
     with contextlib.ExitStack() as leases:
         for one in runs:
             leases.enter_context(one.lease("merge"))
@@ -83,33 +89,108 @@ def merge(
             if gathered := str(elsewhere.gather(one, {seal.shard: seal for seal in one.seals()})):
                 progress.say(gathered)
         billing = Billing(host="openai", model=None)
-        with Outputs(to, encoder, billing, retry=has_retry) as outputs:
-            for span in parts.spans:
-                _turn_to(span, encoder, billing, parse)
-                for seal in span.seals():
-                    if isinstance(encoder, FlatEncoder):
-                        encoder.know(_shown(span.run, seal))
-                    files = files_of(span.run, seal)
-                    join(files, outputs.sheet)
-                    billing.take(outputs.sheet.charges)
-                    attempts += files.attempts
-                    progress.update(seal.end - seal.start)
+        with Outputs(to, encoding.encoder, billing, retry=has_retry) as outputs:
+            orders = _Orders(parts.spans, parse, prefix, to, flat=flat, retry=has_retry)
+            count = _workers(workers, parts.spans)
+            _write_all(orders, outputs, encoding=encoding, billing=billing, progress=progress, workers=count)
         return outputs.write_summary(
             **parts.known(),
-            attempts=attempts,
+            attempts=orders.attempts,
             prepared=None not in prepared,
             send_rest=None if has_retry else send_rest(runs),
         )
 
 
-def _turn_to(span: Span, encoder: ResultEncoder | FlatEncoder, billing: Billing, parse: str | None) -> None:
-    """The rows to come are those of `span`."""
-    manifest = span.run.manifest
-    schema = manifest.response_schema
-    encoder.turn_to(manifest.model, parse or ("json" if schema is not None else "text"), schema)
-    billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
-    if isinstance(encoder, FlatEncoder):
-        encoder.go_to(span.start, fields_of(manifest.options))
+class _Orders:
+    """The shards to merge, in the order of their rows; `attempts` are those of the shards so far."""
+
+    def __init__(
+        self, spans: Sequence[Span], parse: str | None, prefix: str, to: Places, *, flat: bool, retry: bool
+    ) -> None:
+        self.attempts: list[Attempt] = []
+        self._count = 0
+        self._spans = spans
+        self._parse = parse
+        self._prefix = prefix
+        self._flat = flat
+        self._retry = retry
+        self.folder = aside_of(to.results)
+
+    def __iter__(self) -> Iterator[tuple[Run, Order]]:
+        for span in self._spans:
+            manifest = span.run.manifest
+            schema, fields = manifest.response_schema, fields_of(manifest.options) if self._flat else None
+            parse = self._parse or ("json" if schema is not None else "text")
+            form = Form(manifest.model, parse, schema, self._prefix, fields)
+            for seal in span.seals():
+                files = files_of(span.run, seal)
+                self.attempts += files.attempts
+                requests = _requests(span.run, seal) if self._flat else None
+                self._count += 1
+                aside = self.folder / str(self._count)
+                yield span.run, Order(files, requests, form, self._retry, aside)
+
+
+def _write_all(
+    orders: _Orders, outputs: Outputs, *, encoding: Encoding, billing: Billing, progress: Progress, workers: int
+) -> None:
+    host_of: Run | None = None
+    with _finished(orders, workers) as finished:
+        for run, order, piece in finished:
+            if run is not host_of:
+                billing.turn_to(host=str(run.manifest.options.get("host", "openai")), model=run.manifest.model)
+                host_of = run
+            if piece is not None:
+                outputs.take(piece)
+                billing.take(piece.charges)
+            else:
+                encoding.turn_to(order)
+                join(order.files, outputs.sheet)
+                billing.take(outputs.sheet.charges)
+            progress.update(order.files.seal.end - order.files.seal.start)
+
+
+@contextlib.contextmanager
+def _finished(orders: _Orders, workers: int) -> Iterator[Iterator[tuple[Run, Order, Piece | None]]]:
+    """Each shard with its piece; None for what is still to be made, and in this process."""
+    if workers == 1:
+        yield ((run, order, None) for run, order in orders)
+        return
+    runs: deque[Run] = deque()
+
+    def ordered() -> Iterator[Order]:
+        for run, order in orders:
+            runs.append(run)
+            yield order
+
+    orders.folder.mkdir()
+    try:
+        with contextlib.closing(teams.in_order(ordered(), pieces.make, workers)) as made:
+            yield ((runs.popleft(), order, piece) for order, piece in made)
+    except BrokenProcessPool as exc:
+        raise BatchkitError(
+            "a worker of merge was killed, perhaps for want of memory",
+            hint="run the same command again, with --workers 1",
+        ) from exc
+    finally:
+        shutil.rmtree(orders.folder, ignore_errors=True)
+
+
+def _workers(asked: int | None, spans: Sequence[Span]) -> int:
+    shards = sum(span.last.shard + 1 for span in spans if span.last is not None)
+    if asked is None:
+        rows = sum(span.end - span.start for span in spans)
+        enough = rows >= (FORKED_ROWS if teams.can_fork() else SPAWNED_ROWS)
+        asked = min(teams.cores(), teams.MOST) if enough else 1
+    return max(1, min(asked, shards))
+
+
+def _requests(run: Run, seal: Seal) -> Path | None:
+    """The requests of a shard, where they are ours and still there."""
+    path = run.requests_path(seal.shard)
+    if run.manifest.options.get("input_format") == "batch" or run.bytes_of(path) is None:
+        return None
+    return run.fetch(path)
 
 
 def send_rest(runs: Sequence[Run]) -> str:
@@ -126,17 +207,6 @@ def _remove_leftovers(run: Run, to: Places) -> None:
                     shutil.rmtree(aside, ignore_errors=True)
                 else:
                     aside.unlink(missing_ok=True)
-
-
-def _shown(run: Run, seal: Seal) -> dict[int, bool]:
-    """By position, whether a row's request has an image; nothing where the requests are gone."""
-    rejected = {rejection.position for rejection in seal.rejected}
-    positions = [position for position in range(seal.start, seal.end) if position not in rejected]
-    path = run.requests_path(seal.shard)
-    if run.manifest.options.get("input_format") == "batch" or run.bytes_of(path) is None:
-        return {}
-    with open_read(str(run.fetch(path))) as stream:
-        return dict(zip(positions, map(has_image, stream), strict=False))
 
 
 def check_names(names_in_use: list[str], prefix: str) -> None:

@@ -18,12 +18,15 @@ from batchkit.albums import Album
 from batchkit.billing import Billing
 from batchkit.depots import local_side
 from batchkit.errors import StorageError, UsageError
+from batchkit.pieces import Piece
 from batchkit.result_tables import check_parquet, write_table
 from batchkit.s3 import is_s3
-from batchkit.sheets import Encoder, Sheet
+from batchkit.sheets import Encoder, Sheet, Writer
 from batchkit.storage import (
+    BUFFER_BYTES,
     COMPRESSED,
     is_remote,
+    read_blocks,
     remove,
     remove_leftovers,
     shown,
@@ -104,6 +107,14 @@ def _bare(name: str) -> str:
     return name
 
 
+def _move(path: Path, to: Writer) -> None:
+    """Append a file of lines in whole lines, and remove it."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as stream:
+        for block in read_blocks(stream, BUFFER_BYTES):
+            to.write(block)
+        path.unlink()
+
+
 class Outputs:
     """As a context manager: the files get their names only where the block ends well, the results last. Without `retry`
     the rows to retry are left out: they are no tasks."""
@@ -170,6 +181,16 @@ class Outputs:
                 raise StorageError(
                     f"{path}: cannot be written: {exc.strerror or exc}", hint="free some disk space and merge again"
                 ) from exc
+
+    def take(self, piece: Piece) -> None:
+        """Put the results of a shard behind those that are there, and remove their files."""
+        self.sheet.flush()
+        _move(piece.results, self._results)
+        if self._retry is not None:
+            _move(piece.retry, self._retry)
+        if piece.strays.exists():
+            _move(piece.strays, self._strays())
+        self._tally.absorb(piece.tally)
 
     def _strays(self) -> IO[bytes]:
         if self._unexpected is None:

@@ -212,11 +212,10 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line[:-1] if line.endswith(b"\n") else line
 
 
-def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """`stream` in blocks of whole lines; the last one may lack its line feed. A block is as long as its longest line,
-    or about `BLOCK_BYTES`."""
+def read_blocks(stream: BinaryIO | io.RawIOBase, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """`stream` in blocks of whole lines, of about `size` bytes; the last one may lack its line feed."""
     held: list[bytes] = []
-    while piece := stream.read(BLOCK_BYTES):
+    while piece := stream.read(size):
         cut = piece.rfind(b"\n") + 1
         if cut:
             yield b"".join((*held, piece[:cut]))
@@ -227,6 +226,11 @@ def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
         yield b"".join(held)
 
 
+def aside_of(target: Path) -> Path:
+    """A new name beside `target`, for what this process writes aside; `remove_leftovers` knows it."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 @contextlib.contextmanager
 def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
     """Write a file aside and rename it into place at the end, so that readers see all of it or nothing.
@@ -235,7 +239,7 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     folder is the local side of a bucket, it is in the bucket when this returns.
     """
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside = aside_of(target)
     try:
         with open(aside, "wb", buffering=BUFFER_BYTES) as stream:
             yield stream

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-import signal
 import socket
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchkit import clusters
+from batchkit import clusters, teams
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import BatchkitError, EngineError
 from batchkit.references import is_remote
@@ -51,7 +49,7 @@ def convert_all(rows: Iterable[Row], make: Callable[[], Converter], hands: Hands
         yield from _on_cluster(rows, make, hands.ray)
         return
     first = _take(rows, 4 * BLOCK_ROWS, 4 * BLOCK_BYTES)
-    count = hands.workers or min(_cores(), 16)
+    count = hands.workers or min(teams.cores(), teams.MOST)
     if count == 1 or (len(first) < 4 * BLOCK_ROWS and _size(first) < 4 * BLOCK_BYTES):
         converter = make()
         for row in itertools.chain(first, rows):
@@ -147,24 +145,10 @@ def _finished(block: list[Row], future: Future[list[Converted]]) -> Iterator[tup
 
 def _start_worker(make: Callable[[], Converter], parent: int) -> None:
     global _converter  # noqa: PLW0603  # the state of a worker process: there is no other place
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent: it ends us
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    teams.begin_worker(parent)
     _converter = make()
-
-
-def _die_with(parent: int) -> None:
-    """End this process when the parent is gone: killed with SIGKILL it cannot end us itself."""
-    pause = threading.Event()
-    while os.getppid() == parent:
-        pause.wait(1.0)
-    os._exit(1)
 
 
 def _convert_block(rows: list[Row]) -> list[Converted]:
     assert _converter is not None  # noqa: S101  # the initializer ran
     return [_converter(row) for row in rows]
-
-
-def _cores() -> int:
-    affinity: Any = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
