@@ -42,16 +42,18 @@ class Billing:
     """Adds up. `host` and `model` are the manifest's; a response may name a model more exactly."""
 
     def __init__(self, *, host: str, model: str | None) -> None:
-        self.turn_to(host=host, model=model)
+        self._host = host
+        self._model = model
+        self._prices: dict[tuple[str, str], tuple[Prices, Prices]] = {}
         self._batch = self._live = Decimal(0)
         self._priced = 0
         self._spent = Spent()
 
     def turn_to(self, *, host: str, model: str | None) -> None:
         """The responses to come are of a run of this host and model."""
-        self._host = host
-        self._model = model
-        self._prices: dict[tuple[str, str], tuple[Prices, Prices]] = {}
+        if (host, model) != (self._host, self._model):
+            self._host, self._model = host, model
+            self._prices = {}
 
     def take(self, charges: Charges) -> None:
         """Price what was counted, and forget it there. Within a tier prices are linear: tokens are added up first."""

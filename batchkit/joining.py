@@ -17,7 +17,7 @@ from batchkit import plain
 from batchkit.answers import ParseError
 from batchkit.errors import InputError
 from batchkit.outcomes import Candidates, Judge, Outcome, ShardFiles, damaged, read_ids
-from batchkit.responses import Keep, Response, UnreadableLine, parse
+from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, gist, parse
 from batchkit.results import ResultEncoder, Splice
 from batchkit.sheets import Sheet
 from batchkit.storage import open_read, read_blocks
@@ -54,7 +54,7 @@ class _Style:
 def join(files: ShardFiles, sheet: Sheet) -> None:
     """Write the results of a shard. Raises `RunError` where its files are damaged."""
     judge = Judge(files, read_ids(files))
-    found = _Found(judge, sheet.album.keep)
+    found = _Found(judge, sheet.album.keep, distinct=files.unanswered is not None)
     for number, path in files.responses:
         with open_read(str(path)) as stream:
             for block in read_blocks(stream):
@@ -69,10 +69,11 @@ class _Found:
 
     A row whose only response is a plain answer has its style, text and usage in three lists, at the row's index: no
     object of its own, which would take longer to make than the line to read. `others` has the candidates of other rows.
-    `unexpected` and `unreadable` are as in `ShardOutcomes`.
+    `unexpected` and `unreadable` are as in `ShardOutcomes`. `distinct`: there is one attempt, the first, and of its
+    candidates only those are kept that can still count: a line that is repeated endlessly takes no memory.
     """
 
-    def __init__(self, judge: Judge, keep: Keep) -> None:
+    def __init__(self, judge: Judge, keep: Keep, *, distinct: bool) -> None:
         self.styles: list[_Style | None] = [None] * len(judge.ids)
         self.texts = [""] * len(judge.ids)
         self.usages = [b""] * len(judge.ids)
@@ -81,12 +82,15 @@ class _Found:
         self.unreadable: list[bytes] = []
         self._judge = judge
         self._keep = keep
+        self._distinct: dict[int, dict[bytes, Response]] | None = {} if distinct else None
         self._all_styles: dict[tuple[int, str | None, str], _Style] = {}
         self._compact: dict[bytes, bytes] = {}
 
     def candidates(self, index: int) -> Candidates:
         """All responses to a row."""
         style = self.styles[index]
+        if self._distinct is not None and index in self._distinct:
+            return [(1, response) for response in self._distinct[index].values()]
         if style is None:
             return self.others.get(index, [])
         custom_id, usage = self._judge.ids[index], self.usages[index]
@@ -128,8 +132,18 @@ class _Found:
         if index is None:
             self.unexpected.append(line.removesuffix(b"\n"))
         else:
-            if index not in self.others:
-                self.others[index], self.styles[index] = self.candidates(index), None
+            self._add(index, number, response)
+
+    def _add(self, index: int, number: int, response: Response) -> None:
+        if index not in self.others:
+            self.others[index], self.styles[index] = self.candidates(index), None
+            if self._distinct is not None:
+                self._distinct[index] = {}
+                for _, candidate in self.others[index]:
+                    _keep_distinct(self._distinct[index], candidate)
+        if self._distinct is not None:
+            _keep_distinct(self._distinct[index], response)
+        else:
             self.others[index].append((number, response))
 
     def _style(self, number: int, model: str | None, finish: str) -> _Style:
@@ -149,6 +163,18 @@ class _Found:
             if outcome.reused_from is None:
                 for usage, count in usages:
                     sheet.charges.add(usage, style.model, outcome.backend, count)
+
+
+_ERROR = b""
+"""Stands for the gist of whatever is no answer: of these the last counts."""
+
+
+def _keep_distinct(known: dict[bytes, Response], response: Response) -> None:
+    if response.verdict in ANSWERS:
+        known.pop(_ERROR, None)
+        known.setdefault(gist(response), response)
+    elif not known or _ERROR in known:
+        known[_ERROR] = response
 
 
 class _Results:

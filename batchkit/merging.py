@@ -11,32 +11,26 @@ import contextlib
 import glob
 import shlex
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from batchkit import elsewhere, pieces, teams
+from batchkit import elsewhere
+from batchkit.assembly import assemble, folder_aside, workers_for
 from batchkit.billing import Billing
-from batchkit.errors import BatchkitError, UsageError
+from batchkit.errors import UsageError
 from batchkit.flat import check_flat, fields_of
 from batchkit.jobs import Attempt
-from batchkit.joining import join
 from batchkit.outcomes import files_of
 from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.parts import Parts, Span, open_all
-from batchkit.pieces import Encoding, Form, Order, Piece
+from batchkit.pieces import Encoding, Form, Order
 from batchkit.progress import Progress, Silent
 from batchkit.runs import Run, Seal
 from batchkit.s3 import is_s3
-from batchkit.storage import aside_of, is_remote
+from batchkit.storage import is_remote
 from batchkit.summaries import Summary
 
 __all__ = ["Summary", "merge"]
-
-FORKED_ROWS = 20_000
-SPAWNED_ROWS = 500_000
-"""So many rows are worth other processes: forked ones, which begin at once, and new ones, after half a second."""
 
 
 def merge(
@@ -88,11 +82,11 @@ def merge(
             _remove_leftovers(one, to)
             if gathered := str(elsewhere.gather(one, {seal.shard: seal for seal in one.seals()})):
                 progress.say(gathered)
-        billing = Billing(host="openai", model=None)
-        with Outputs(to, encoding.encoder, billing, retry=has_retry) as outputs:
-            orders = _Orders(parts.spans, parse, prefix, to, flat=flat, retry=has_retry)
+        with Outputs(to, encoding.encoder, Billing(host="openai", model=None), retry=has_retry) as outputs:
             count = _workers(workers, parts.spans)
-            _write_all(orders, outputs, encoding=encoding, billing=billing, progress=progress, workers=count)
+            with folder_aside(to.results) if count > 1 else contextlib.nullcontext(to.results.parent) as folder:
+                orders = _Orders(parts.spans, parse, prefix, folder, flat=flat, retry=has_retry)
+                assemble(orders, outputs, encoding, progress=progress, workers=count)
         return outputs.write_summary(
             **parts.known(),
             attempts=orders.attempts,
@@ -105,7 +99,7 @@ class _Orders:
     """The shards to merge, in the order of their rows; `attempts` are those of the shards so far."""
 
     def __init__(
-        self, spans: Sequence[Span], parse: str | None, prefix: str, to: Places, *, flat: bool, retry: bool
+        self, spans: Sequence[Span], parse: str | None, prefix: str, folder: Path, *, flat: bool, retry: bool
     ) -> None:
         self.attempts: list[Attempt] = []
         self._count = 0
@@ -114,75 +108,26 @@ class _Orders:
         self._prefix = prefix
         self._flat = flat
         self._retry = retry
-        self.folder = aside_of(to.results)
+        self._folder = folder
 
-    def __iter__(self) -> Iterator[tuple[Run, Order]]:
+    def __iter__(self) -> Iterator[Order]:
         for span in self._spans:
             manifest = span.run.manifest
             schema, fields = manifest.response_schema, fields_of(manifest.options) if self._flat else None
             parse = self._parse or ("json" if schema is not None else "text")
-            form = Form(manifest.model, parse, schema, self._prefix, fields)
+            host = str(manifest.options.get("host", "openai"))
+            form = Form(manifest.model, parse, schema, self._prefix, fields, host)
             for seal in span.seals():
                 files = files_of(span.run, seal)
                 self.attempts += files.attempts
                 requests = _requests(span.run, seal) if self._flat else None
                 self._count += 1
-                aside = self.folder / str(self._count)
-                yield span.run, Order(files, requests, form, self._retry, aside)
-
-
-def _write_all(
-    orders: _Orders, outputs: Outputs, *, encoding: Encoding, billing: Billing, progress: Progress, workers: int
-) -> None:
-    host_of: Run | None = None
-    with _finished(orders, workers) as finished:
-        for run, order, piece in finished:
-            if run is not host_of:
-                billing.turn_to(host=str(run.manifest.options.get("host", "openai")), model=run.manifest.model)
-                host_of = run
-            if piece is not None:
-                outputs.take(piece)
-                billing.take(piece.charges)
-            else:
-                encoding.turn_to(order)
-                join(order.files, outputs.sheet)
-                billing.take(outputs.sheet.charges)
-            progress.update(order.files.seal.end - order.files.seal.start)
-
-
-@contextlib.contextmanager
-def _finished(orders: _Orders, workers: int) -> Iterator[Iterator[tuple[Run, Order, Piece | None]]]:
-    """Each shard with its piece; None for what is still to be made, and in this process."""
-    if workers == 1:
-        yield ((run, order, None) for run, order in orders)
-        return
-    runs: deque[Run] = deque()
-
-    def ordered() -> Iterator[Order]:
-        for run, order in orders:
-            runs.append(run)
-            yield order
-
-    orders.folder.mkdir()
-    try:
-        with contextlib.closing(teams.in_order(ordered(), pieces.make, workers)) as made:
-            yield ((runs.popleft(), order, piece) for order, piece in made)
-    except BrokenProcessPool as exc:
-        raise BatchkitError(
-            "a worker of merge was killed, perhaps for want of memory",
-            hint="run the same command again, with --workers 1",
-        ) from exc
-    finally:
-        shutil.rmtree(orders.folder, ignore_errors=True)
+                yield Order(files, requests, form, self._retry, self._folder / str(self._count))
 
 
 def _workers(asked: int | None, spans: Sequence[Span]) -> int:
     shards = sum(span.last.shard + 1 for span in spans if span.last is not None)
-    if asked is None:
-        rows = sum(span.end - span.start for span in spans)
-        enough = rows >= (FORKED_ROWS if teams.can_fork() else SPAWNED_ROWS)
-        asked = min(teams.cores(), teams.MOST) if enough else 1
-    return max(1, min(asked, shards))
+    return workers_for(asked, shards, rows=sum(span.end - span.start for span in spans))
 
 
 def _requests(run: Run, seal: Seal) -> Path | None:

@@ -20,6 +20,8 @@ from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, Verdict,
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read
 
+_decode_ids = msgspec.json.Decoder(str).decode_lines
+
 
 class Outcome(msgspec.Struct, kw_only=True, gc=False):
     """What became of one row.
@@ -64,13 +66,18 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
 
 class ShardFiles(NamedTuple):
     """All that it takes to join a shard, wherever that is done: nothing of it needs the run. `responses` are in the
-    order of the attempts, each with its number."""
+    order of the attempts, each with its number.
+
+    `unanswered` is there for a pile, which counts as one attempt of which nothing else is known: it is said of rows
+    without a response. The ids of a pile are anybody's, so each line of theirs is JSON.
+    """
 
     seal: Seal
     rows: Path
     ids: Path
     responses: list[tuple[int, Path]]
     attempts: list[Attempt]
+    unanswered: str | None = None
 
 
 def files_of(run: Run, seal: Seal) -> ShardFiles:
@@ -100,6 +107,7 @@ class Judge:
         if self.rejections:
             self.index_of = {name: index for index, name in enumerate(ids) if index not in self.rejections}
         self._seal = files.seal
+        self._unanswered = files.unanswered
         self._tried: tuple[list[int], list[int]] | None = None
 
     def still_written(self, attempt: int) -> bool:
@@ -112,6 +120,8 @@ class Judge:
         if self._tried is None:
             self._tried = _attempts_of_rows(list(self.attempts.values()), self._seal)
         last, over = self._tried
+        if not candidates and self._unanswered is not None:
+            return Outcome(custom_id=self.ids[index], verdict=Verdict.MISSING, message=self._unanswered)
         return _outcome(self.ids[index], candidates, self.attempts.get(last[index]), self.attempts, over[index])
 
     def superseded(self, candidates: Candidates, outcome: Outcome) -> Iterator[tuple[str | None, Response]]:
@@ -148,7 +158,10 @@ def read_ids(files: ShardFiles) -> list[str]:
         raise damaged(path, f"cannot be read: {exc.strerror or exc}") from exc
     if xxhash.xxh3_128_hexdigest(written) != seal.ids_checksum:
         raise damaged(path, "is not what prepare wrote (its checksum differs)")
-    ids = written.decode("utf-8").removesuffix("\n").split("\n") if written else []
+    if files.unanswered is not None:
+        ids = _decode_ids(written)
+    else:
+        ids = written.decode("utf-8").removesuffix("\n").split("\n") if written else []
     if len(ids) != seal.end - seal.start:
         raise damaged(path, f"has {len(ids)} ids for {seal.end - seal.start} rows")
     return ids

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple, Self
 import msgspec
 
 from batchkit.albums import Album
-from batchkit.billing import Billing
+from batchkit.billing import Billing, Charges
 from batchkit.depots import local_side
 from batchkit.errors import StorageError, UsageError
 from batchkit.pieces import Piece
@@ -191,6 +191,20 @@ class Outputs:
         if piece.strays.exists():
             _move(piece.strays, self._strays())
         self._tally.absorb(piece.tally)
+        self._bill(piece.charges)
+
+    def turn_to(self, *, host: str, model: str | None) -> None:
+        """The responses to come are of a run of this host and model."""
+        if self._billing is not None:
+            self._billing.turn_to(host=host, model=model)
+
+    def settle(self) -> None:
+        """Bill the responses of what was written on the sheet."""
+        self._bill(self.sheet.charges)
+
+    def _bill(self, charges: Charges) -> None:
+        if self._billing is not None:
+            self._billing.take(charges)
 
     def _strays(self) -> IO[bytes]:
         if self._unexpected is None:

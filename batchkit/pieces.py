@@ -21,13 +21,14 @@ from batchkit.summaries import Tally
 
 
 class Form(NamedTuple):
-    """What the results of a run look like. `flat` is None for rows with all their fields."""
+    """What the results of a run look like. `flat` is None for rows with all their fields; `host` is who bills."""
 
-    model: str
+    model: str | None
     parse: str
     schema: dict[str, Any] | None
     prefix: str
     flat: FlatFields | None
+    host: str = "openai"
 
 
 class Order(NamedTuple):

@@ -89,7 +89,7 @@ class ResultEncoder:
         self._needles = [*map(msgspec.json.encode, self._names), escape]
         self._encode = msgspec.json.Encoder().encode
 
-    def turn_to(self, model: str, parse: str, schema: dict[str, Any] | None = None) -> None:
+    def turn_to(self, model: str | None, parse: str, schema: dict[str, Any] | None = None) -> None:
         """The rows to come are of a run of this model; their answers must match `schema`, where they are parsed as
         JSON."""
         self._model = model

@@ -1,19 +1,17 @@
-"""Lines on disk, divided into partitions by a hash of a key, and files of numbered lines merged in order.
+"""Lines on disk, divided into partitions by a hash of a key or by a number.
 
 For joins that are larger than memory. Few files are open at a time, however many partitions there are.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
 BUFFERED_BYTES = 16 << 20
 """So much is held back in all before it is appended to the partitions' files."""
-MAX_OPEN = 128
 _READ_BYTES = 1 << 16
 
 
@@ -27,7 +25,10 @@ class Partitions:
 
     def add(self, key: str, line: bytes) -> None:
         """Put `line` into the partition that `key` belongs to: the same one for every `Partitions` of this count."""
-        number = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass")) % len(self._paths)
+        self.put(xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass")) % len(self._paths), line)
+
+    def put(self, number: int, line: bytes) -> None:
+        """Put `line` into the partition of this number."""
         self._pieces[number] += (line, b"\n")
         self._held += len(line) + 100
         if self._held > BUFFERED_BYTES:
@@ -50,31 +51,7 @@ class Partitions:
         self._paths[number].unlink(missing_ok=True)
 
 
-def write_lines(path: Path, lines: Iterable[bytes]) -> Path:
-    with open(path, "wb", buffering=1 << 20) as stream:
-        for line in lines:
-            stream.write(line)
-            stream.write(b"\n")
-    return path
-
-
 def read_back(path: Path) -> Iterator[bytes]:
     with open(path, "rb", buffering=_READ_BYTES) as stream:
         for line in stream:
             yield line[:-1]
-
-
-def numbered(position: int, line: bytes) -> bytes:
-    """A line that sorts by its position as bytes do."""
-    return b"%020d " % position + line
-
-
-def merge_numbered(paths: list[Path]) -> Iterator[bytes]:
-    """The lines of files whose lines are `numbered` and ascend, in one ascending order, without their numbers."""
-    while len(paths) > MAX_OPEN:
-        group, paths = paths[:MAX_OPEN], paths[MAX_OPEN:]
-        paths.append(write_lines(group[0].with_name(f"{group[0].name}+"), heapq.merge(*map(read_back, group))))
-        for path in group:
-            path.unlink()
-    for line in heapq.merge(*map(read_back, paths)):
-        yield line[21:]

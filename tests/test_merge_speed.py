@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from batchkit import merging, pieces, plain, teams
+from batchkit import assembly, pieces, plain, teams
 from batchkit.errors import BatchkitError, RunError, UsageError
 from batchkit.jobs import Attempt, Job
 from batchkit.merging import merge
@@ -196,8 +196,8 @@ def test_small_runs_need_no_other_process(tmp_path: Path, monkeypatch: pytest.Mo
     fill(made, 2)
     monkeypatch.setattr(teams, "_pool", lambda workers: pytest.fail("not for so few rows"))
     merge(made.run)
-    monkeypatch.setattr(merging, "FORKED_ROWS", 1)
-    monkeypatch.setattr(merging, "SPAWNED_ROWS", 1)
+    monkeypatch.setattr(assembly, "FORKED_ROWS", 1)
+    monkeypatch.setattr(assembly, "SPAWNED_ROWS", 1)
     monkeypatch.setattr(teams, "cores", lambda: 2)
     with pytest.raises(pytest.fail.Exception):
         merge(made.run)
