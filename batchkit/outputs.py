@@ -23,7 +23,6 @@ from batchkit.result_tables import check_parquet, write_table
 from batchkit.s3 import is_s3
 from batchkit.sheets import Encoder, Sheet, Writer
 from batchkit.storage import (
-    BUFFER_BYTES,
     COMPRESSED,
     is_remote,
     read_blocks,
@@ -110,7 +109,7 @@ def _bare(name: str) -> str:
 def _move(path: Path, to: Writer) -> None:
     """Append a file of lines in whole lines, and remove it."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as stream:
-        for block in read_blocks(stream, BUFFER_BYTES):
+        for block in read_blocks(stream):
             to.write(block)
         path.unlink()
 

@@ -212,10 +212,10 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line[:-1] if line.endswith(b"\n") else line
 
 
-def read_blocks(stream: BinaryIO | io.RawIOBase, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """`stream` in blocks of whole lines, of about `size` bytes; the last one may lack its line feed."""
+def read_blocks(stream: BinaryIO | io.RawIOBase) -> Iterator[bytes]:
+    """`stream` in blocks of whole lines, of about `BLOCK_BYTES`; the last one may lack its line feed."""
     held: list[bytes] = []
-    while piece := stream.read(size):
+    while piece := stream.read(BLOCK_BYTES):
         cut = piece.rfind(b"\n") + 1
         if cut:
             yield b"".join((*held, piece[:cut]))
