@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def merge_pile(
     with Outputs(to, encoding.encoder) as outputs, folder_aside(to.results) as folder:
         sorting = Sorting(folder, source.uri, custom_id, partitions)
         sorting.take_rows(source.rows())
-        sorting.take_lines(_lines(files), outputs.sheet)
+        sorting.take_lines(_blocks(files), outputs.sheet)
         orders = (
             Order(shard, None, form, retry=True, aside=folder / f"piece-{shard.seal.shard}")
             for shard in sorting.shards()
@@ -106,17 +107,18 @@ def _glob(pattern: str) -> list[Path]:
 
 def _custom_id(names: Sequence[str], separator: str, raw: bytes, fields: Mapping[str, Any]) -> str:
     """The text of the id fields of a row."""
+    if len(names) == 1 and isinstance(value := fields.get(names[0]), str):
+        return value
     return separator.join([_id_text(name, fields.get(name), raw) for name in names])
 
 
-def _lines(files: Iterable[str]) -> Iterator[bytes]:
-    """Lines that are not blank, without their line feeds."""
+def _blocks(files: Iterable[str]) -> Iterator[list[bytes]]:
+    """Lines that are not blank, with their line feeds, many at a time."""
     for name in files:
         with open_read(name) as stream:
             for block in read_blocks(stream):
-                for line in block.split(b"\n"):
-                    if line and not line.isspace():
-                        yield line
+                whole = block if block.endswith(b"\n") else block + b"\n"
+                yield [line for line in BytesIO(whole).readlines() if not line.isspace()]
 
 
 def _id_text(name: str, value: Any, raw: bytes) -> str:

@@ -9,9 +9,10 @@ Memory is that of one partition's ids. A pile of one partition is not divided: i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import msgspec
 import xxhash
@@ -22,7 +23,7 @@ from batchkit.responses import UnreadableLine, parse
 from batchkit.runs import OUR_NAMES, Rejection, Seal
 from batchkit.sheets import Sheet
 from batchkit.spills import Partitions
-from batchkit.storage import BUFFER_BYTES
+from batchkit.storage import BLOCK_BYTES, BUFFER_BYTES
 from batchkit.tasks import Row, parse_object
 
 SHARD_ROWS = 10_000
@@ -39,22 +40,16 @@ CustomId = Callable[[bytes, Mapping[str, Any]], str]
 """The custom_id of a row, by its bytes and its fields; raises `RowError` where it has none."""
 
 
-class _Id(NamedTuple):
-    """`place` is the line in the task file and the shard, as one number: so many of them are in memory."""
-
-    place: int
-    position: int
-    custom_id: str
-
-
 class _Keyed(msgspec.Struct, gc=False):
     custom_id: str
 
 
 _decode_key = msgspec.json.Decoder(_Keyed).decode
-_decode_id = msgspec.json.Decoder(_Id).decode
+_decode_id = msgspec.json.Decoder(tuple[int, int, str]).decode
 _decode_rejection = msgspec.json.Decoder(Rejection).decode
 _encode = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
+_NOT_COMMON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Sorting:
@@ -88,34 +83,37 @@ class Sorting:
         self.rows = self._seals[-1].end if self._seals else 0
 
     def _write_shard(self, first: Row, rows: Iterator[Row]) -> Seal:
-        shard, size, row = len(self._seals), 0, first
+        shard, last = len(self._seals), first.position + SHARD_ROWS - 1
         names: set[str] = set()
-        digests = xxhash.xxh3_128(), xxhash.xxh3_128()
-        paths = self._path("rows", shard), self._path("ids", shard)
-        with open(paths[0], "wb", BUFFER_BYTES) as kept, open(paths[1], "wb", BUFFER_BYTES) as ids:
-            while True:
-                line, custom_id = row.raw + b"\n", _encode(self._enter(row, shard, names)) + b"\n"
-                kept.write(line)
-                ids.write(custom_id)
-                digests[0].update(line)
-                digests[1].update(custom_id)
-                size += len(line)
-                if row.position - first.position == SHARD_ROWS - 1 or size > SHARD_BYTES:
+        raws: list[bytes] = []
+        ids: list[str] = []
+        size = held = 0
+        with _Hashed(self._path("rows", shard)) as rows_file, _Hashed(self._path("ids", shard)) as ids_file:
+            for row in itertools.chain([first], rows):  # the last one is wanted
+                raws.append(row.raw)
+                ids.append(self._enter(row, shard, names))
+                held += len(row.raw)
+                ends = row.position == last or size + held > SHARD_BYTES
+                if ends or held > BLOCK_BYTES:
+                    rows_file.write_lines(raws)
+                    ids_file.write(_encode_lines(ids))
+                    ids.clear()
+                    size, held = size + held, 0
+                if ends:
                     break
-                if (following := next(rows, None)) is None:
-                    break
-                row = following
+            rows_file.write_lines(raws)
+            ids_file.write(_encode_lines(ids))
         return Seal(
             shard=shard,
             start=first.position,
             end=row.position + 1,
             requests=0,
             rejected=[],
-            rows_bytes=size,
+            rows_bytes=size + held,
             requests_bytes=0,
             pixels=0,
-            rows_checksum=digests[0].hexdigest(),
-            ids_checksum=digests[1].hexdigest(),
+            rows_checksum=rows_file.checksum,
+            ids_checksum=ids_file.checksum,
             requests_checksum="",
             next_line=0,
             next_offset=0,
@@ -128,30 +126,26 @@ class Sorting:
             if row.fault is not None:
                 raise RowError(*row.fault)
             fields = parse_object(row.raw)
-            names |= _OUR_NAMES & fields.keys()
+            if not _OUR_NAMES.isdisjoint(fields):
+                names |= _OUR_NAMES & fields.keys()
             custom_id = self._custom_id(row.raw, fields)
         except RowError as exc:
             message = f"{self._tasks}:{row.line}: {exc.message}"
             found = Rejection(position=row.position, line=row.line, custom_id="", code=exc.code, message=message)
             self._reject(shard, found)
             return ""
-        entry = _Id(row.line * _SHARDS + shard, row.position, custom_id)
-        if self._partitions == 1:
-            self._enter_id(entry)
-        else:
-            self._ids.add(custom_id, _encode(entry))
+        place = row.line * _SHARDS + shard
+        if self._partitions > 1:
+            self._ids.add(custom_id, _encode((place, row.position, custom_id)) + b"\n")
+        elif (known := self._known.setdefault(custom_id, place)) != place:
+            self._reject_repeated(known, place, row.position, custom_id)
         return custom_id
 
-    def _enter_id(self, entry: _Id) -> None:
-        first = self._known.setdefault(entry.custom_id, entry.place)
-        if first != entry.place:
-            line, shard = divmod(entry.place, _SHARDS)
-            message = f"{self._tasks}:{line}: the same id as line {first // _SHARDS}: {entry.custom_id}"
-            name = entry.custom_id
-            self._reject(
-                shard,
-                Rejection(position=entry.position, line=line, custom_id=name, code="duplicate", message=message),
-            )
+    def _reject_repeated(self, first: int, place: int, position: int, custom_id: str) -> None:
+        line, shard = divmod(place, _SHARDS)
+        message = f"{self._tasks}:{line}: the same id as line {first // _SHARDS}: {custom_id}"
+        found = Rejection(position=position, line=line, custom_id=custom_id, code="duplicate", message=message)
+        self._reject(shard, found)
 
     def _reject(self, shard: int, found: Rejection) -> None:
         self._rejected.setdefault(shard, []).append(_encode(found) + b"\n")
@@ -168,45 +162,55 @@ class Sorting:
 
     # -- responses ---------------------------------------------------------------------------------------------------
 
-    def take_lines(self, lines: Iterable[bytes], sheet: Sheet) -> None:
-        """Give each response to the shard of its row; lines of no row go to `sheet`."""
+    def take_lines(self, blocks: Iterable[list[bytes]], sheet: Sheet) -> None:
+        """Give each response to the shard of its row; lines of no row go to `sheet`. All have their line feeds."""
         answers = Partitions(self._folder, "responses", self.count)
         if self._partitions == 1:
-            self._give(lines, answers, sheet)
+            self._give(blocks, answers, sheet)
         else:
-            self._give_in_partitions(lines, answers, sheet)
+            self._give_in_partitions(blocks, answers, sheet)
         answers.flush()
         self._flush_rejected()
         self._known.clear()
 
-    def _give_in_partitions(self, lines: Iterable[bytes], answers: Partitions, sheet: Sheet) -> None:
+    def _give_in_partitions(self, blocks: Iterable[list[bytes]], answers: Partitions, sheet: Sheet) -> None:
         divided = Partitions(self._folder, "hashed-lines", self._partitions)
-        for line in lines:
+        for line in itertools.chain.from_iterable(blocks):
             try:
                 divided.add(_key(line), line)
             except UnreadableLine:
-                sheet.add_strays((), [line])
+                _add_stray(sheet, line)
         divided.flush()
         for number in range(self._partitions):
             for entry in self._ids.lines(number):
-                self._enter_id(_decode_id(entry))
-            self._give(divided.lines(number), answers, sheet)
+                place, position, custom_id = _decode_id(entry)
+                if (first := self._known.setdefault(custom_id, place)) != place:
+                    self._reject_repeated(first, place, position, custom_id)
+            self._give(divided.blocks(number), answers, sheet)
             self._known.clear()
             self._ids.drop(number)
             divided.drop(number)
 
-    def _give(self, lines: Iterable[bytes], answers: Partitions, sheet: Sheet) -> None:
-        find, put = self._known.get, answers.put
-        for line in lines:
-            try:
-                place = find(_key(line))
+    def _give(self, blocks: Iterable[list[bytes]], answers: Partitions, sheet: Sheet) -> None:
+        find, decode = self._known.get, _decode_key
+        for lines in blocks:
+            pieces = answers.pieces
+            for line in lines:
+                try:
+                    place = find(decode(line).custom_id)
+                except _NOT_COMMON:
+                    place = self._find_other(line)
                 if place is not None:
-                    put(place % _SHARDS, line)
+                    pieces[place % _SHARDS].append(line)
                 else:
-                    parse(line)  # a request, say, has an id, too
-                    sheet.add_strays([line], ())
-            except UnreadableLine:
-                sheet.add_strays((), [line])
+                    _add_stray(sheet, line)
+            answers.grew(sum(map(len, lines)))
+
+    def _find_other(self, line: bytes) -> int | None:
+        try:
+            return self._known.get(parse(line).custom_id)
+        except UnreadableLine:
+            return None
 
     # -- shards ------------------------------------------------------------------------------------------------------
 
@@ -231,5 +235,45 @@ class Sorting:
 def _key(line: bytes) -> str:
     try:
         return _decode_key(line).custom_id
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _NOT_COMMON:
         return parse(line).custom_id
+
+
+def _add_stray(sheet: Sheet, line: bytes) -> None:
+    """A line of no row: a response, or something that is none (a request, say, has an id, too)."""
+    bare = line.removesuffix(b"\n")
+    try:
+        parse(line)
+    except UnreadableLine:
+        sheet.add_strays((), [bare])
+    else:
+        sheet.add_strays([bare], ())
+
+
+class _Hashed:
+    """A file that is written once, and its checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._digest = xxhash.xxh3_128()
+
+    def __enter__(self) -> Self:
+        self._stream = open(self._path, "wb", BUFFER_BYTES)  # it is closed when the block ends
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    @property
+    def checksum(self) -> str:
+        return str(self._digest.hexdigest())
+
+    def write(self, lines: bytes) -> None:
+        self._stream.write(lines)
+        self._digest.update(lines)
+
+    def write_lines(self, lines: list[bytes]) -> None:
+        """Write them, each with a line feed, and forget them."""
+        if lines:
+            self.write(b"\n".join(lines) + b"\n")
+            lines.clear()
