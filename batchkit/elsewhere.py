@@ -24,7 +24,6 @@ from batchkit.jobs import Attempt, Elsewhere
 from batchkit.resolving import Resolver, record
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.runs import Run, Seal, now
-from batchkit.shardfiles import request_lines
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, remove, write_whole
 
@@ -119,6 +118,8 @@ def requests_out(run: Run, shards: Iterable[int]) -> int:
 
 
 def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path, resolver: Resolver | None) -> None:
+    from batchkit.shardfiles import request_lines  # with all that makes requests: `merge` needs none of it
+
     path.parent.mkdir(exist_ok=True)
     with write_whole(path) as stream:
         if resolver is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -12,6 +13,8 @@ from batchkit.errors import RowError, UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS
 from batchkit.results import Result, ResultEncoder
+from batchkit.runs import Seal
+from batchkit.storage import open_read
 from batchkit.tasks import DEFAULT_ID_FIELD, DEFAULT_IMAGE_FIELD, parse_object
 from batchkit.vlmevalkit import ID_FIELDS as VLMEVALKIT_ID_FIELDS
 
@@ -33,12 +36,14 @@ class _Flat(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True)
 class FlatFields:
-    """Which fields of a row mean what. None for `ids`: `id` where a row has it. `batch_format`: rows are requests."""
+    """Which fields of a row mean what. None for `ids`: `id` where a row has it. `batch_format`: rows are requests.
+    `custom_ids`: the custom_id is the user's own."""
 
     ids: tuple[str, ...] | None
     question: str = "question"
     images: tuple[str, ...] = (DEFAULT_IMAGE_FIELD,)
     batch_format: bool = False
+    custom_ids: bool = False
 
 
 def default_ids(input_format: str | None) -> tuple[str, ...]:
@@ -67,20 +72,21 @@ class FlatEncoder:
 
     columns: ClassVar[Sequence[str]] = COLUMNS
 
-    def __init__(self, parse: str, fields: FlatFields, *, custom_ids: bool = False) -> None:
+    def __init__(self, parse: str, fields: FlatFields) -> None:
         self._results = ResultEncoder(parse=parse)
         self._fields = fields
         self._position = 0
-        self._custom_ids = custom_ids or fields.batch_format
+        self._custom_ids = fields.custom_ids or fields.batch_format
         self._shown: dict[int, bool] = {}
 
-    def turn_to(self, model: str, parse: str, schema: dict[str, Any] | None = None) -> None:
+    def turn_to(self, model: str | None, parse: str, schema: dict[str, Any] | None = None) -> None:
         """As that of `ResultEncoder`."""
         self._results.turn_to(model, parse, schema)
 
     def go_to(self, position: int, fields: FlatFields) -> None:
         """The rows to come begin at `position`, and are to be read so."""
-        self._position, self._fields, self._custom_ids = position, fields, fields.batch_format
+        self._position, self._fields = position, fields
+        self._custom_ids = fields.custom_ids or fields.batch_format
 
     def know(self, shown: dict[int, bool]) -> None:
         """`shown` tells by position whether the request of a row has an image; for others the row's fields tell. Rows
@@ -140,6 +146,15 @@ def check_flat(prefix: str) -> None:
 def has_image(request: bytes) -> bool:
     """Whether a request line of ours has an image; a text that quotes these words has backslashes in them."""
     return b'"type":"image_url"' in request or b'"type":"input_image"' in request
+
+
+def shown_in(requests: Path | None, seal: Seal) -> dict[int, bool]:
+    """By position, whether the request of a row has an image; nothing where there are no requests of ours."""
+    if requests is None:
+        return {}
+    with open_read(str(requests)) as stream:
+        shown = dict(zip(seal.asking, map(has_image, stream), strict=False))
+    return shown | {position: shown[first] for position, first in seal.firsts.items() if first in shown}
 
 
 def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The stage `merge`: rows and responses of a run → one result per row, in row order.
 
-Shard after shard, in the memory of one: the responses to shard k belong to rows k. It works at any time, also while
-`submit` is running; what has no response yet is `pending`. Several runs, parts of one task file, give one result.
+Shard after shard, in the memory of one: the responses to shard k belong to rows k. So several processes can each make
+the results of a shard, as files aside, which are put together in the order of the rows. It works at any time, also
+while `submit` is running; what has no response yet is `pending`. Several runs, parts of one task file, give one result.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import xxhash
-
 from batchkit import elsewhere
+from batchkit.assembly import assemble, folder_aside, workers_for
 from batchkit.billing import Billing
-from batchkit.errors import InputError, UsageError
-from batchkit.flat import FlatEncoder, FlatFields, check_flat, fields_of, has_image
+from batchkit.errors import UsageError
+from batchkit.flat import check_flat, fields_of
 from batchkit.jobs import Attempt
-from batchkit.outcomes import damaged, load
+from batchkit.outcomes import files_of
 from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.parts import Parts, Span, open_all
+from batchkit.pieces import Encoding, Form, Order
 from batchkit.progress import Progress, Silent
-from batchkit.results import ResultEncoder
 from batchkit.runs import Run, Seal
 from batchkit.s3 import is_s3
-from batchkit.storage import is_remote, open_read
+from batchkit.storage import is_remote
 from batchkit.summaries import Summary
 
 __all__ = ["Summary", "merge"]
@@ -41,6 +41,7 @@ def merge(
     prefix: str = "",
     flat: bool = False,
     retry_file: str | Path | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write one result per row of `run`, and the summary and the rows to retry beside them.
@@ -49,20 +50,19 @@ def merge(
     Rows whose images or prompts are not in them (of tables with images inside, of VLMEvalKit) make no file to retry.
     `output` is `RUN/results.jsonl` unless given, and may be a `.csv` or `.parquet`; `parse` is one of `answers.KINDS`,
     unless given `text`, or `json` checked against the schema where a run was prepared with one; `prefix` goes before
-    the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. Nothing is replaced unless all of it
-    was written. Raises `UsageError` where a row uses one of our names, or runs do not go together; `RunError` where a
-    run is damaged, `RunBusyError` where another merge is at work.
+    the names of the fields that a result adds; `flat` writes `flat.COLUMNS` alone. `workers` is the number of
+    processes, None for one a core where there is work for them; what is written is the same. Nothing is replaced unless
+    all of it was written. Raises `UsageError` where a row uses one of our names, or runs do not go together; `RunError`
+    where a run is damaged, `RunBusyError` where another merge is at work.
     """
     runs = open_all(run)
     progress = progress or Silent()
     if output is None and len(runs) > 1:
         raise UsageError("results of several runs need a name", hint="-o results.jsonl")
     parts = Parts(runs)
-    kind = parse or "text"
     if flat:
         check_flat(prefix)
-    encoder: ResultEncoder | FlatEncoder
-    encoder = FlatEncoder(kind, FlatFields(ids=None)) if flat else ResultEncoder(parse=kind, prefix=prefix)
+    encoding = Encoding(parse=parse or "text", prefix=prefix, flat=flat)
     to = places(output or runs[0].path / "results.jsonl", retry_file, never=[*_read_by_merge(runs)])
     has_retry = all(span.rows_are_tasks for span in parts.spans)
     if retry_file is not None and not has_retry:
@@ -76,39 +76,66 @@ def merge(
             if not flat:
                 check_names(totals.names_in_use, prefix)
             progress.grow(totals.rows)
-    attempts: list[Attempt] = []
     with contextlib.ExitStack() as leases:
         for one in runs:
             leases.enter_context(one.lease("merge"))
             _remove_leftovers(one, to)
             if gathered := str(elsewhere.gather(one, {seal.shard: seal for seal in one.seals()})):
                 progress.say(gathered)
-        billing = Billing(host="openai", model=None)
-        with Outputs(to, encoder, billing, retry=has_retry) as outputs:
-            for span in parts.spans:
-                _turn_to(span, encoder, billing, parse)
-                for seal in span.seals():
-                    if isinstance(encoder, FlatEncoder):
-                        encoder.know(_shown(span.run, seal))
-                    _merge_shard(span.run, seal, outputs, billing)
-                    attempts += span.run.job(seal.shard).attempts
-                    progress.update(seal.end - seal.start)
+        with Outputs(to, encoding.encoder, Billing(host="openai", model=None), retry=has_retry) as outputs:
+            count = _workers(workers, parts.spans)
+            with folder_aside(to.results) if count > 1 else contextlib.nullcontext(to.results.parent) as folder:
+                orders = _Orders(parts.spans, parse, prefix, folder, flat=flat, retry=has_retry)
+                assemble(orders, outputs, encoding, progress=progress, workers=count)
         return outputs.write_summary(
             **parts.known(),
-            attempts=attempts,
+            attempts=orders.attempts,
             prepared=None not in prepared,
             send_rest=None if has_retry else send_rest(runs),
         )
 
 
-def _turn_to(span: Span, encoder: ResultEncoder | FlatEncoder, billing: Billing, parse: str | None) -> None:
-    """The rows to come are those of `span`."""
-    manifest = span.run.manifest
-    schema = manifest.response_schema
-    encoder.turn_to(manifest.model, parse or ("json" if schema is not None else "text"), schema)
-    billing.turn_to(host=str(manifest.options.get("host", "openai")), model=manifest.model)
-    if isinstance(encoder, FlatEncoder):
-        encoder.go_to(span.start, fields_of(manifest.options))
+class _Orders:
+    """The shards to merge, in the order of their rows; `attempts` are those of the shards so far."""
+
+    def __init__(
+        self, spans: Sequence[Span], parse: str | None, prefix: str, folder: Path, *, flat: bool, retry: bool
+    ) -> None:
+        self.attempts: list[Attempt] = []
+        self._count = 0
+        self._spans = spans
+        self._parse = parse
+        self._prefix = prefix
+        self._flat = flat
+        self._retry = retry
+        self._folder = folder
+
+    def __iter__(self) -> Iterator[Order]:
+        for span in self._spans:
+            manifest = span.run.manifest
+            schema, fields = manifest.response_schema, fields_of(manifest.options) if self._flat else None
+            parse = self._parse or ("json" if schema is not None else "text")
+            host = str(manifest.options.get("host", "openai"))
+            form = Form(manifest.model, parse, schema, self._prefix, fields, host)
+            for seal in span.seals():
+                files = files_of(span.run, seal)
+                self.attempts += files.attempts
+                requests = _requests(span.run, seal) if self._flat else None
+                self._count += 1
+                yield Order(files, requests, form, self._retry, self._folder / str(self._count))
+
+
+def _workers(asked: int | None, spans: Sequence[Span]) -> int:
+    shards = sum(span.last.shard + 1 for span in spans if span.last is not None)
+    return workers_for(asked, shards, rows=sum(span.end - span.start for span in spans))
+
+
+def _requests(run: Run, seal: Seal) -> Path | None:
+    """The requests of a shard, where they are ours and still there."""
+    path = run.requests_path(seal.shard)
+    if run.manifest.options.get("input_format") == "batch" or run.bytes_of(path) is None:
+        return None
+    return run.fetch(path)
 
 
 def send_rest(runs: Sequence[Run]) -> str:
@@ -125,42 +152,6 @@ def _remove_leftovers(run: Run, to: Places) -> None:
                     shutil.rmtree(aside, ignore_errors=True)
                 else:
                     aside.unlink(missing_ok=True)
-
-
-def _shown(run: Run, seal: Seal) -> dict[int, bool]:
-    """By position, whether a row's request has an image; nothing where the requests are gone."""
-    path = run.requests_path(seal.shard)
-    if run.manifest.options.get("input_format") == "batch" or run.bytes_of(path) is None:
-        return {}
-    with open_read(str(run.fetch(path))) as stream:
-        shown = dict(zip(seal.asking, map(has_image, stream), strict=False))
-    return shown | {position: shown[first] for position, first in seal.firsts.items() if first in shown}
-
-
-def _merge_shard(run: Run, seal: Seal, outputs: Outputs, billing: Billing) -> None:
-    shard = load(run, seal, outputs.album.keep)
-    for outcome, row in zip(shard.outcomes, _rows(run, seal), strict=True):
-        outputs.add(row, outcome)
-    outputs.add_strays(shard.unexpected, shard.unreadable)
-    for backend, response in shard.superseded:
-        billing.add(response, backend)
-
-
-def _rows(run: Run, seal: Seal) -> Iterator[bytes]:
-    """The shard's rows. Raises `RunError`, behind the last one at the latest, where they are not what prepare wrote."""
-    path = run.fetch(run.rows_path(seal.shard))
-    digest = xxhash.xxh3_128()
-    try:
-        with open_read(str(path)) as stream:
-            for count, line in enumerate(stream):
-                if count == seal.end - seal.start:
-                    raise damaged(path, "has more rows than prepare wrote")
-                digest.update(line)
-                yield line.removesuffix(b"\n")
-    except InputError as exc:
-        raise damaged(path, "cannot be read") from exc
-    if digest.hexdigest() != seal.rows_checksum:
-        raise damaged(path, "is not what prepare wrote (its checksum differs)")
 
 
 def check_names(names_in_use: list[str], prefix: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import xxhash
@@ -20,6 +20,8 @@ from batchkit.jobs import OVER, TRIED, Attempt
 from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, Verdict, choose, parse
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
 from batchkit.storage import open_read
+
+_decode_ids = msgspec.json.Decoder(str).decode_lines
 
 
 class Outcome(msgspec.Struct, kw_only=True, gc=False):
@@ -95,52 +97,117 @@ class ShardOutcomes(msgspec.Struct, kw_only=True):
         return [outcome for outcome in self.outcomes if outcome.same_as is None]
 
 
-def load(run: Run, seal: Seal, keep: Keep | None = None) -> ShardOutcomes:
-    """Read what is known of a shard now; `keep` as for `responses.parse`. Raises `RunError` where its files are
-    damaged."""
-    ids = _read_ids(run, seal)
-    rejections = {rejection.position - seal.start: rejection for rejection in seal.rejected}
-    attempts = {attempt.number: attempt for attempt in run.job(seal.shard).attempts}
-    schema = run.manifest.response_schema
-    shard = ShardOutcomes(seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[], schema=schema)
-    # A rejected row may bear the id of the row that it repeats: responses belong to the row that was sent.
-    index_of = {ids[position - seal.start]: position - seal.start for position in seal.asking}
-    candidates = _read_responses(run, shard, attempts, index_of, keep)
-    last, over = _attempts_of_rows(list(attempts.values()), seal)
-    shard.outcomes = [
-        _rejected(rejections[index])
-        if index in rejections
-        else _outcome(custom_id, candidates[index] or [], attempts.get(last[index]), attempts, over[index])
-        for index, custom_id in enumerate(ids)
-    ]
-    shard.superseded = list(_superseded(candidates, shard.outcomes, attempts))
-    for position, first in seal.firsts.items():
-        index, sent = position - seal.start, shard.outcomes[first - seal.start]
-        shard.outcomes[index] = structs.replace(sent, custom_id=ids[index], same_as=sent.custom_id)
-    return shard
+class ShardFiles(NamedTuple):
+    """All that it takes to join a shard, wherever that is done: nothing of it needs the run. `responses` are in the
+    order of the attempts, each with its number.
+
+    `unanswered` is there for a pile, which counts as one attempt of which nothing else is known: it is said of rows
+    without a response. The ids of a pile are anybody's, so each line of theirs is JSON.
+    """
+
+    seal: Seal
+    rows: Path
+    ids: Path
+    responses: list[tuple[int, Path]]
+    attempts: list[Attempt]
+    unanswered: str | None = None
 
 
-def _superseded(
-    candidates: list[list[tuple[int, Response]] | None], outcomes: list[Outcome], attempts: dict[int, Attempt]
-) -> Iterator[tuple[str | None, Response]]:
-    """One for each earlier attempt that has responded; a line that is there twice was paid for once."""
-    for found, outcome in zip(candidates, outcomes, strict=True):
-        if found is not None and len(found) > 1:
-            for number, response in dict(found).items():
-                attempt = attempts.get(number)
+def files_of(run: Run, seal: Seal) -> ShardFiles:
+    """The files of a shard, here."""
+    return ShardFiles(
+        seal,
+        run.fetch(run.rows_path(seal.shard)),
+        run.fetch(run.ids_path(seal.shard)),
+        run.responses_paths(seal.shard),
+        run.job(seal.shard).attempts,
+    )
+
+
+Candidates = list[tuple[int, Response]]
+"""The responses to one request, each with the number of its attempt, in the order of the files."""
+
+
+class Judge:
+    """Says what became of the rows of one shard. `index_of` has the ids of those that were sent; `firsts` are, of rows
+    that share a request, the rows that it is of."""
+
+    def __init__(self, files: ShardFiles, ids: list[str]) -> None:
+        self.ids = ids
+        self.attempts = {attempt.number: attempt for attempt in files.attempts}
+        self.rejections = {rejection.position - files.seal.start: rejection for rejection in files.seal.rejected}
+        start = files.seal.start
+        self.firsts = {position - start: first - start for position, first in files.seal.firsts.items()}
+        # A rejected row may bear the id of the row that it repeats: responses belong to the row that was sent.
+        self.index_of = {custom_id: index for index, custom_id in enumerate(ids)}
+        if self.rejections or self.firsts:
+            self.index_of = {ids[position - start]: position - start for position in files.seal.asking}
+        self._seal = files.seal
+        self._unanswered = files.unanswered
+        self._tried: tuple[list[int], list[int]] | None = None
+
+    def still_written(self, attempt: int) -> bool:
+        """Whether half of a line may be one that is being written."""
+        return attempt not in self.attempts or self.attempts[attempt].state not in OVER
+
+    def outcome(self, index: int, candidates: Candidates) -> Outcome:
+        if index in self.rejections:
+            return _rejected(self.rejections[index])
+        if self._tried is None:
+            self._tried = _attempts_of_rows(list(self.attempts.values()), self._seal)
+        last, over = self._tried
+        if not candidates and self._unanswered is not None:
+            return Outcome(custom_id=self.ids[index], verdict=Verdict.MISSING, message=self._unanswered)
+        return _outcome(self.ids[index], candidates, self.attempts.get(last[index]), self.attempts, over[index])
+
+    def shared(self, index: int, sent: Outcome) -> Outcome:
+        """That of a row whose request is that of the row with the outcome `sent`."""
+        return structs.replace(sent, custom_id=self.ids[index], same_as=sent.custom_id)
+
+    def superseded(self, candidates: Candidates, outcome: Outcome) -> Iterator[tuple[str | None, Response]]:
+        """One for each earlier attempt that has responded; a line that is there twice was paid for once."""
+        if len(candidates) > 1:
+            for number, response in dict(candidates).items():
+                attempt = self.attempts.get(number)
                 if number != outcome.attempt and (attempt is None or attempt.reused_from is None):
                     yield attempt.backend if attempt is not None else None, response
 
 
-def _read_ids(run: Run, seal: Seal) -> list[str]:
-    path = run.fetch(run.ids_path(seal.shard))
+def load(run: Run, seal: Seal, keep: Keep | None = None) -> ShardOutcomes:
+    """Read what is known of a shard now; `keep` as for `responses.parse`. Raises `RunError` where its files are
+    damaged."""
+    files = files_of(run, seal)
+    ids = read_ids(files)
+    shard = ShardOutcomes(
+        seal=seal, ids=ids, outcomes=[], unexpected=[], unreadable=[], schema=run.manifest.response_schema
+    )
+    judge = Judge(files, ids)
+    for index, candidates in enumerate(_read_responses(files, shard, judge, keep)):
+        if (first := judge.firsts.get(index)) is not None:  # an earlier row
+            shard.outcomes.append(judge.shared(index, shard.outcomes[first]))
+            continue
+        outcome = judge.outcome(index, candidates or [])
+        shard.outcomes.append(outcome)
+        shard.superseded += judge.superseded(candidates or [], outcome)
+    return shard
+
+
+def read_ids(files: ShardFiles) -> list[str]:
+    """The custom_ids of the shard's rows, in their order. Raises `RunError` where they are not what prepare wrote."""
+    path, seal = files.ids, files.seal
     try:
-        checksum = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        written = path.read_bytes()
     except OSError as exc:
         raise damaged(path, f"cannot be read: {exc.strerror or exc}") from exc
-    if checksum != seal.ids_checksum:
+    if xxhash.xxh3_128_hexdigest(written) != seal.ids_checksum:
         raise damaged(path, "is not what prepare wrote (its checksum differs)")
-    return run.read_ids(seal)
+    if files.unanswered is not None:
+        ids = _decode_ids(written)
+    else:
+        ids = written.decode("utf-8").removesuffix("\n").split("\n") if written else []
+    if len(ids) != seal.end - seal.start:
+        raise damaged(path, f"has {len(ids)} ids for {seal.end - seal.start} rows")
+    return ids
 
 
 def damaged(path: Path, what: str) -> RunError:
@@ -148,20 +215,19 @@ def damaged(path: Path, what: str) -> RunError:
 
 
 def _read_responses(
-    run: Run, shard: ShardOutcomes, attempts: dict[int, Attempt], index_of: dict[str, int], keep: Keep | None
-) -> list[list[tuple[int, Response]] | None]:
-    """For each row its (attempt, response) pairs in the order of the files; lines of no row go into `shard`."""
-    candidates: list[list[tuple[int, Response]] | None] = [None] * len(shard.ids)
-    for number, path in run.responses_paths(shard.seal.shard):
-        still_written = number not in attempts or attempts[number].state not in OVER
+    files: ShardFiles, shard: ShardOutcomes, judge: Judge, keep: Keep | None
+) -> list[Candidates | None]:
+    """For each row its candidates; lines of no row go into `shard`."""
+    candidates: list[Candidates | None] = [None] * len(shard.ids)
+    for number, path in files.responses:
         for line in _lines(path):
             try:
                 response = parse(line, keep)
             except UnreadableLine:
-                if line.endswith(b"\n") or not still_written:  # else: half of a line that is being written
+                if line.endswith(b"\n") or not judge.still_written(number):
                     shard.unreadable.append(line.removesuffix(b"\n"))
                 continue
-            index = index_of.get(response.custom_id)
+            index = judge.index_of.get(response.custom_id)
             if index is None:
                 shard.unexpected.append(line.removesuffix(b"\n"))
             elif (found := candidates[index]) is None:
@@ -265,7 +331,7 @@ def _rejected(rejection: Rejection) -> Outcome:
 
 def _outcome(
     custom_id: str,
-    candidates: list[tuple[int, Response]],
+    candidates: Candidates,
     last: Attempt | None,
     attempts: dict[int, Attempt],
     over: int,

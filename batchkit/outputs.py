@@ -7,25 +7,25 @@ They lie beside each other: `summary.json`, `retry.jsonl`, `unexpected.jsonl` an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import IO, Any, NamedTuple, Self
 
 import msgspec
 
 from batchkit.albums import Album
-from batchkit.billing import Billing
+from batchkit.billing import Billing, Charges
 from batchkit.depots import local_side
 from batchkit.errors import StorageError, UsageError
-from batchkit.outcomes import Outcome
-from batchkit.responses import ANSWERS, Verdict
+from batchkit.pieces import Piece
 from batchkit.result_tables import check_parquet, write_table
-from batchkit.results import Result
 from batchkit.s3 import is_s3
+from batchkit.sheets import Encoder, Sheet, Writer
 from batchkit.storage import (
     COMPRESSED,
     is_remote,
+    read_blocks,
     remove,
     remove_leftovers,
     shown,
@@ -36,14 +36,6 @@ from batchkit.summaries import Summary, Tally
 
 LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".csv", ".parquet")
-
-
-class Encoder(Protocol):
-    """Makes the line of a result: `ResultEncoder`, or `FlatEncoder`. `columns` are those that each of them has."""
-
-    columns: ClassVar[Sequence[str]]
-
-    def encode(self, row: bytes, outcome: Outcome, images: Sequence[str] = ()) -> Result: ...
 
 
 class Places(NamedTuple):
@@ -114,15 +106,26 @@ def _bare(name: str) -> str:
     return name
 
 
+def _move(path: Path, to: Writer) -> None:
+    """Append a file of lines in whole lines, and remove it."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as stream:
+        for block in read_blocks(stream):
+            to.write(block)
+        path.unlink()
+
+
 class Outputs:
-    """Takes rows with their outcomes in row order. As a context manager: the files get their names only where the
-    block ends well, the results last. Without `retry` the rows to retry are left out: they are no tasks."""
+    """As a context manager: the files get their names only where the block ends well, the results last. Without `retry`
+    the rows to retry are left out: they are no tasks."""
+
+    sheet: Sheet
+    """What the block writes on."""
 
     def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None, *, retry: bool = True) -> None:
         self._has_retry = retry
         self._retry: IO[bytes] | None = None
-        self.tally = Tally()
-        self.album = Album(to.images)
+        self._tally = Tally()
+        self._album = Album(to.images)
         self._billing = billing
         self._to = to
         self._encoder = encoder
@@ -138,12 +141,15 @@ class Outputs:
         for path in self._to:
             remove_leftovers(path)
         is_table = self._to.results.name.removesuffix(_compression(self._to.results)).endswith(TABLES)
-        self._results: Any = self._stack.enter_context(
-            write_table(self._to.results, self._encoder.columns) if is_table else write_compressed(self._to.results)
-        )
+        made: Any = write_table if is_table else write_compressed
+        columns = [self._encoder.columns] if is_table else []
+        self._results = self._stack.enter_context(made(self._to.results, *columns))
         if self._has_retry:
             self._retry = self._stack.enter_context(write_compressed(self._to.retry))
-        self._stack.enter_context(self.album.opened())
+        self._stack.enter_context(self._album.opened())
+        self.sheet = Sheet(
+            self._encoder, self._tally, self._results, retry=self._retry, strays=self._strays, album=self._album
+        )
         return self
 
     def __exit__(
@@ -153,6 +159,7 @@ class Outputs:
             self._stack.__exit__(kind, value, trace)
             return
         with self._stack:
+            self.sheet.flush()
             self._flush()
         if self._unexpected is None:
             remove(self._to.unexpected)  # of an earlier merge
@@ -174,35 +181,38 @@ class Outputs:
                     f"{path}: cannot be written: {exc.strerror or exc}", hint="free some disk space and merge again"
                 ) from exc
 
-    def add(self, row: bytes, outcome: Outcome) -> None:
-        """Write the result of `row`, which is the row's line without its line feed."""
-        response = outcome.response
-        names = self.album.place(self.tally.rows, response.images) if response is not None and response.images else ()
-        result = self._encoder.encode(row, outcome, names)
-        self._results.write(result.line)
-        self.tally.add(outcome, result.verdict, result.error)
-        if self._billing is not None and response is not None and outcome.is_paid_here:
-            self._billing.add(response, outcome.backend)
-        if self._retry is not None and result.verdict not in ANSWERS and result.verdict is not Verdict.PENDING:
-            self._retry.write(row + b"\n")
+    def take(self, piece: Piece) -> None:
+        """Put the results of a shard behind those that are there, and remove their files."""
+        self.sheet.flush()
+        _move(piece.results, self._results)
+        if self._retry is not None:
+            _move(piece.retry, self._retry)
+        if piece.strays.exists():
+            _move(piece.strays, self._strays())
+        self._tally.absorb(piece.tally)
+        self._bill(piece.charges)
 
-    def add_strays(self, unexpected: Iterable[bytes], unreadable: Iterable[bytes]) -> None:
-        """Keep lines that belong to no row, or are no responses, and count them."""
-        for line in unexpected:
-            self.tally.unexpected += 1
-            self._keep(line)
-        for line in unreadable:
-            self.tally.unreadable += 1
-            self._keep(line)
+    def turn_to(self, *, host: str, model: str | None) -> None:
+        """The responses to come are of a run of this host and model."""
+        if self._billing is not None:
+            self._billing.turn_to(host=host, model=model)
 
-    def _keep(self, line: bytes) -> None:
+    def settle(self) -> None:
+        """Bill the responses of what was written on the sheet."""
+        self._bill(self.sheet.charges)
+
+    def _bill(self, charges: Charges) -> None:
+        if self._billing is not None:
+            self._billing.take(charges)
+
+    def _strays(self) -> IO[bytes]:
         if self._unexpected is None:
             self._unexpected = self._stack.enter_context(write_whole(self._to.unexpected))
-        self._unexpected.write(line + b"\n")
+        return self._unexpected
 
     def write_summary(self, **known: Any) -> Summary:
         """Write and return the summary. To be called behind the block; `known` is what `Tally.summary` takes."""
-        summary = self.tally.summary(
+        summary = self._tally.summary(
             spent=self._billing.spent() if self._billing is not None else None,
             output=shown(self._to.results),
             retry_file=shown(self._to.retry) if self._retry is not None else None,

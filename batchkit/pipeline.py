@@ -132,7 +132,14 @@ def run(
         raise kept[0]
     with show("merge") as progress:
         summary = merge(
-            run, output=output, parse=parse, prefix=prefix, flat=flat, retry_file=retry_file, progress=progress
+            run,
+            output=output,
+            parse=parse,
+            prefix=prefix,
+            flat=flat,
+            retry_file=retry_file,
+            workers=workers,
+            progress=progress,
         )
     if kept:
         raise kept[0]

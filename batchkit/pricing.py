@@ -87,15 +87,28 @@ class Prices:
         reduced = _first(provider, model, batch=True)
         self.known = live is not None
         self.batch_known = reduced != live  # genai-prices takes the live price, silently, where it knows no other
+        self.batch = batch
         self._tariff = reduced if batch else live
+
+    def tier(self, input_tokens: int) -> int:
+        """Which of the model's rates hold for a request: they may depend on its input. 0 where there is no price."""
+        return bisect_left(self._tariff.starts, input_tokens) if self._tariff is not None else 0
+
+    def of_tier(self, tier: int, input_tokens: int, output_tokens: int, cached_tokens: int) -> Decimal:
+        """US dollars of requests of one tier that have so many tokens together. Raises `ValueError` without a price."""
+        if self._tariff is None:
+            raise ValueError("there is no price")
+        rates = self._tariff.rates[tier]
+        return (
+            rates.input * (input_tokens - cached_tokens) + rates.cached * cached_tokens + rates.output * output_tokens
+        )
 
     def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Decimal | None:
         """US dollars of ONE request: the rates may depend on its input. `cached_tokens` are part of the input."""
         if self._tariff is None:
             return None
-        rates = self._tariff.at(input_tokens)
         cached = min(cached_tokens, input_tokens)  # a host may count oddly; no request costs less than nothing
-        return rates.input * (input_tokens - cached) + rates.cached * cached + rates.output * output_tokens
+        return self.of_tier(self.tier(input_tokens), input_tokens, output_tokens, cached)
 
     def total(self, requests: int, input_tokens: int, output_tokens: int) -> Decimal | None:
         """US dollars of so many requests that have so many tokens together, taken as if all were alike."""

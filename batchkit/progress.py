@@ -79,7 +79,9 @@ class Console:
         if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=title, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
+            # With each update shown, no thread needs to watch over the bar; beside threads no worker can be forked.
+            tqdm.monitor_interval = 0
+            self._bar = tqdm(total=total, desc=title, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True, miniters=1)
 
     def update(self, done: int = 1, *, note: str | None = None) -> None:
         self._done += done

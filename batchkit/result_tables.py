@@ -72,10 +72,11 @@ class TableWriter:
         self._columns = _Columns(typed=is_parquet)
         self._written = False
 
-    def write(self, line: bytes) -> None:
-        """`line` is a result with its line feed."""
-        self._columns.add(_decode(line))
-        self._spill.write(line)
+    def write(self, lines: bytes) -> None:
+        """`lines` are results with their line feeds."""
+        for line in lines.split(b"\n")[:-1]:
+            self._columns.add(_decode(line))
+        self._spill.write(lines)
 
     def flush(self) -> None:
         if self._written:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from batchkit.answers import ParseError, parser
+from batchkit.answers import ParseError, Parser, parser
 from batchkit.errors import UsageError
 from batchkit.outcomes import Outcome
 from batchkit.responses import Response, Verdict
-from batchkit.runs import OUR_NAMES
+from batchkit.runs import OUR_NAMES, Seal
 
 _ANSWERED, _TRUNCATED, _REFUSED = Verdict.ANSWERED, Verdict.TRUNCATED, Verdict.REFUSED
 _INVALID, _CONFLICTING, _REJECTED = Verdict.INVALID, Verdict.CONFLICTING, Verdict.REJECTED
@@ -47,6 +47,17 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     error: str | None
 
 
+class Splice(NamedTuple):
+    """What all results have in common that differ only in row, id, answer and usage. A result is the row without its
+    closing brace, then `head`, the answer, `parsed`, the parsed answer, `note`, the id, `stop`, the usage, `end`."""
+
+    head: bytes
+    parsed: bytes
+    note: bytes
+    stop: bytes
+    end: bytes
+
+
 class Judged(NamedTuple):
     """What became of a row once its answer is parsed."""
 
@@ -65,7 +76,8 @@ class ResultEncoder:
     columns: ClassVar[Sequence[str]] = ()
 
     def __init__(self, *, parse: str = "text", prefix: str = "", model: str | None = None, schema: Any = None) -> None:
-        self._parse = parser(parse, schema)
+        self._parse, self._kind = parser(parse, schema), parse
+        self._has_prefix = bool(prefix)
         self._model = model
         self._names = [prefix + name for name in OUR_NAMES]
         # A key may also be written with escapes; those of ASCII letters all begin like this.
@@ -78,11 +90,38 @@ class ResultEncoder:
         self._needles = [*map(msgspec.json.encode, self._names), escape]
         self._encode = msgspec.json.Encoder().encode
 
-    def turn_to(self, model: str, parse: str, schema: dict[str, Any] | None = None) -> None:
+    def turn_to(self, model: str | None, parse: str, schema: dict[str, Any] | None = None) -> None:
         """The rows to come are of a run of this model; their answers must match `schema`, where they are parsed as
         JSON."""
         self._model = model
-        self._parse = parser(parse, schema if parse == "json" else None)
+        self._parse, self._kind = parser(parse, schema if parse == "json" else None), parse
+
+    @property
+    def parse(self) -> Parser | None:
+        """How answers are parsed now; None: only the white space around them goes."""
+        return self._parse if self._kind != "text" else None
+
+    def splice(self, outcome: Outcome) -> Splice:
+        """The common parts of all results that are like that of `outcome`, which is a plain answer, and whose rows use
+        none of our names."""
+        response = outcome.response
+        model = (response.model if response is not None else None) or self._model
+        names = [self._encode(name) + b":" for name in self._names]
+        note = self._encode(_note(outcome, outcome.verdict, response))
+        # What the usage and the id are replaced in has none of the user's text before them.
+        head, _, rest = note.partition(b'"custom_id":null,')
+        stop, _, end = rest.partition(b'"usage":null')
+        return Splice(
+            b",%b%b,%b" % (names[0], self._encode(model), names[1]),
+            b"," + names[2],
+            b",%bnull,%b%b" % (names[3], names[4], head + b'"custom_id":'),
+            b"," + stop + b'"usage":',
+            end + b"}\n",
+        )
+
+    def needs_look(self, seal: Seal) -> bool:
+        """Whether rows of this shard may use one of our names: `prepare` has seen those that they use."""
+        return self._has_prefix or bool(seal.names_in_use)
 
     def judge(self, outcome: Outcome) -> Judged:
         verdict, error, response = outcome.verdict, outcome.message, outcome.response
@@ -110,14 +149,15 @@ class ResultEncoder:
         body = row.strip()
         is_object = body[:1] == b"{" and body[-1:] == b"}" and (verdict is not _REJECTED or _is_object(body))
         if is_object:
-            self._check_names(body, outcome.custom_id)
+            self.check_names(body, outcome.custom_id)
         else:
             note.line = row.decode("utf-8", "replace")
         model = (response.model if response is not None else None) or self._model
         tail = self._encode(self._tail(model, raw, parsed, error, note))
         return Result(_splice(body, tail) if is_object else tail + b"\n", verdict, error)
 
-    def _check_names(self, body: bytes, custom_id: str) -> None:
+    def check_names(self, body: bytes, custom_id: str) -> None:
+        """Raise `UsageError` where the row uses one of our names."""
         for needle in self._needles:
             if needle in body:
                 break

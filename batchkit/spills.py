@@ -1,80 +1,64 @@
-"""Lines on disk, divided into partitions by a hash of a key, and files of numbered lines merged in order.
+"""Lines on disk, divided into partitions by a hash of a key or by a number.
 
 For joins that are larger than memory. Few files are open at a time, however many partitions there are.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import xxhash
 
+from batchkit.storage import read_blocks
+
 BUFFERED_BYTES = 16 << 20
 """So much is held back in all before it is appended to the partitions' files."""
-MAX_OPEN = 128
-_READ_BYTES = 1 << 16
 
 
 class Partitions:
-    """Lines (without a line feed in them) in `count` files in `folder`, which keep the order of `add`."""
+    """Lines with their line feeds in `count` files in `folder`, which keep the order in which they came.
+
+    What is put into `pieces` directly is told by `grew`, in bytes; behind that call the lists are others, perhaps.
+    """
 
     def __init__(self, folder: Path, name: str, count: int) -> None:
         self._paths = [folder / f"{name}-{number}" for number in range(count)]
-        self._pieces: list[list[bytes]] = [[] for _ in range(count)]
+        self.pieces: list[list[bytes]] = [[] for _ in range(count)]
         self._held = 0
 
     def add(self, key: str, line: bytes) -> None:
         """Put `line` into the partition that `key` belongs to: the same one for every `Partitions` of this count."""
         number = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass")) % len(self._paths)
-        self._pieces[number] += (line, b"\n")
-        self._held += len(line) + 100
+        self.pieces[number].append(line)
+        self.grew(len(line))
+
+    def grew(self, size: int) -> None:
+        self._held += size + 60
         if self._held > BUFFERED_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        for path, pieces in zip(self._paths, self._pieces, strict=True):
+        for path, pieces in zip(self._paths, self.pieces, strict=True):
             if pieces:
-                with open(path, "ab") as stream:
+                with open(path, "ab", buffering=0) as stream:
                     stream.write(b"".join(pieces))
                 pieces.clear()
         self._held = 0
 
     def lines(self, number: int) -> Iterator[bytes]:
         """The lines of one partition, after `flush`."""
+        return itertools.chain.from_iterable(self.blocks(number))
+
+    def blocks(self, number: int) -> Iterator[list[bytes]]:
+        """The same, many at a time."""
         path = self._paths[number]
-        return read_back(path) if path.exists() else iter(())
+        if path.exists():
+            with open(path, "rb") as stream:
+                for block in read_blocks(stream):
+                    yield BytesIO(block).readlines()
 
     def drop(self, number: int) -> None:
         self._paths[number].unlink(missing_ok=True)
-
-
-def write_lines(path: Path, lines: Iterable[bytes]) -> Path:
-    with open(path, "wb", buffering=1 << 20) as stream:
-        for line in lines:
-            stream.write(line)
-            stream.write(b"\n")
-    return path
-
-
-def read_back(path: Path) -> Iterator[bytes]:
-    with open(path, "rb", buffering=_READ_BYTES) as stream:
-        for line in stream:
-            yield line[:-1]
-
-
-def numbered(position: int, line: bytes) -> bytes:
-    """A line that sorts by its position as bytes do."""
-    return b"%020d " % position + line
-
-
-def merge_numbered(paths: list[Path]) -> Iterator[bytes]:
-    """The lines of files whose lines are `numbered` and ascend, in one ascending order, without their numbers."""
-    while len(paths) > MAX_OPEN:
-        group, paths = paths[:MAX_OPEN], paths[MAX_OPEN:]
-        paths.append(write_lines(group[0].with_name(f"{group[0].name}+"), heapq.merge(*map(read_back, group))))
-        for path in group:
-            path.unlink()
-    for line in heapq.merge(*map(read_back, paths)):
-        yield line[21:]

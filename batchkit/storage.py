@@ -25,6 +25,8 @@ from batchkit.errors import InputError, StorageError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 15
+"""So small that memory is used again: what takes 128 KB and more, the C library gives back to the system each time."""
 SPOTS = 64
 LEFT_SECONDS = 600
 """So long untouched, a file of a process that is gone is a leftover."""
@@ -222,6 +224,25 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line[:-1] if line.endswith(b"\n") else line
 
 
+def read_blocks(stream: BinaryIO | io.RawIOBase) -> Iterator[bytes]:
+    """`stream` in blocks of whole lines, of about `BLOCK_BYTES`; the last one may lack its line feed."""
+    held: list[bytes] = []
+    while piece := stream.read(BLOCK_BYTES):
+        cut = piece.rfind(b"\n") + 1
+        if cut:
+            yield b"".join((*held, piece[:cut]))
+            held.clear()
+        if cut < len(piece):
+            held.append(piece[cut:])
+    if held:
+        yield b"".join(held)
+
+
+def aside_of(target: Path) -> Path:
+    """A new name beside `target`, for what this process writes aside; `remove_leftovers` knows it."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 @contextlib.contextmanager
 def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
     """Write a file aside and rename it into place at the end, so that readers see all of it or nothing.
@@ -230,7 +251,7 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     folder is the local side of a bucket, it is in the bucket when this returns.
     """
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside = aside_of(target)
     try:
         with open(aside, "wb", buffering=BUFFER_BYTES) as stream:
             yield stream

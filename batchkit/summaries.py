@@ -112,9 +112,10 @@ class Summary(msgspec.Struct, kw_only=True):
 
 
 class Tally:
-    """Counts outcomes as they are written."""
+    """Counts outcomes as they are written. `groups` bounds the different errors that are told apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int | None = MAX_GROUPS) -> None:
+        self._groups = groups
         self.rows = 0
         self.reused = 0
         self.repeated = 0
@@ -137,24 +138,52 @@ class Tally:
         if error is not None and verdict is not Verdict.PENDING:
             self._add_error(outcome, verdict, error)
 
-    def _add_tokens(self, usage: dict[str, Any]) -> None:
+    def add_answers(
+        self, verdict: Verdict, usages: Iterable[tuple[dict[str, Any] | None, int]], *, reused: bool
+    ) -> None:
+        """Plain answers by their usage, each with how many there were."""
+        for usage, count in usages:
+            self.rows += count
+            self._verdicts[verdict] += count
+            if reused:
+                self.reused += count
+                self._free += count
+            elif usage:
+                self._add_tokens(usage, count)
+
+    def absorb(self, other: Tally) -> None:
+        """Add what was counted of the rows behind these; `other` has all its errors apart."""
+        self.rows += other.rows
+        self.reused += other.reused
+        self.repeated += other.repeated
+        self._free += other._free
+        self.unexpected += other.unexpected
+        self.unreadable += other.unreadable
+        for verdict, count in other._verdicts.items():
+            self._verdicts[verdict] += count
+        self._tokens = [one + more for one, more in zip(self._tokens, other._tokens, strict=True)]
+        for group, error in other._errors.items():
+            self._add_group(group, error)
+
+    def _add_tokens(self, usage: dict[str, Any], count: int = 1) -> None:
         prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
         completion = usage.get("completion_tokens") or usage.get("output_tokens") or 0
         if isinstance(prompt, int) and isinstance(completion, int):
             total = usage.get("total_tokens")
-            self._tokens[0] += prompt
-            self._tokens[1] += completion
-            self._tokens[2] += total if isinstance(total, int) else prompt + completion
+            self._tokens[0] += prompt * count
+            self._tokens[1] += completion * count
+            self._tokens[2] += (total if isinstance(total, int) else prompt + completion) * count
 
     def _add_error(self, outcome: Outcome, verdict: Verdict, error: str) -> None:
         group = (verdict, str(outcome.code) if verdict is Verdict.REJECTED and outcome.code else shape(error))
+        self._add_group(group, CommonError(verdict=verdict, message=error[:500], count=1, custom_id=outcome.custom_id))
+
+    def _add_group(self, group: tuple[Verdict, str], error: CommonError) -> None:
         known = self._errors.get(group)
         if known is not None:
-            known.count += 1
-        elif len(self._errors) < MAX_GROUPS:
-            self._errors[group] = CommonError(
-                verdict=verdict, message=error[:500], count=1, custom_id=outcome.custom_id
-            )
+            known.count += error.count
+        elif self._groups is None or len(self._errors) < self._groups:
+            self._errors[group] = error
 
     def summary(
         self,

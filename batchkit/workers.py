@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -15,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchkit import clusters
+from batchkit import clusters, teams
 from batchkit.arenas import SLOT_BYTES, Arena, Corner
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import BatchkitError, EngineError
@@ -65,7 +63,7 @@ def convert_all(rows: Iterable[Row], make: Callable[[], Converter], hands: Hands
     if hands.ray is not None:
         yield from _on_cluster(rows, make, hands.ray)
         return
-    count = hands.workers or min(_cores(), 16)
+    count = hands.workers or min(teams.cores(), teams.MOST)
     converter = make()
     began = time.monotonic()
     for number, row in enumerate(rows, 1):
@@ -107,13 +105,8 @@ class _Crew:
         self._block_rows = BLOCK_ROWS
 
     def converted(self) -> Generator[tuple[Row, Converted]]:
-        # loky rather than concurrent.futures: a script without an `if __name__ == "__main__"` guard works, too.
-        from loky import ProcessPoolExecutor
-
         with Arena(AHEAD * self._processes) as arena:
-            pool = ProcessPoolExecutor(
-                max_workers=self._processes, initializer=_start_worker, initargs=(self._make, os.getpid(), arena.path)
-            )
+            pool = teams.begin(self._processes, _start_worker, (self._make, os.getpid(), arena.path))
             try:
                 while self._begin_more(pool, arena) or self._under_way:
                     yield from self._finished(arena)
@@ -238,18 +231,9 @@ def _convert_there(token: str, make: Callable[[], Converter], rows: list[Row]) -
 
 def _start_worker(make: Callable[[], Converter], parent: int, arena: str | None) -> None:
     global _converter, _corner  # noqa: PLW0603  # the state of a worker process: there is no other place
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent: it ends us
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    teams.begin_worker(parent)
     _converter = make()
     _corner = Corner(arena)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when the parent is gone: killed with SIGKILL it cannot end us itself."""
-    pause = threading.Event()
-    while os.getppid() == parent:
-        pause.wait(1.0)
-    os._exit(1)
 
 
 def _convert_block(rows: list[Row], slot: int | None) -> _Work:
@@ -273,8 +257,3 @@ def _convert(converter: Converter, rows: list[Row], room: memoryview) -> _Work:
         converted.append(done)
         lengths.append(length)
     return _Work(converted, lengths, time.monotonic() - began)
-
-
-def _cores() -> int:
-    affinity: Any = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

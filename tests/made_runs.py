@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from batchkit.jobs import Attempt, AttemptState, Job
-from batchkit.runs import Input, Manifest, Prepared, Rejection, Run, Seal
+from batchkit.runs import OUR_NAMES, Input, Manifest, Prepared, Rejection, Run, Seal
 from batchkit.tasks import make_custom_id
 
 
@@ -32,6 +32,14 @@ def failure_line(custom_id: str, status: int, message: str) -> bytes:
 
 
 ENGINE_DIED = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+def _fields(row: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(row)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 class MadeRun:
@@ -79,6 +87,7 @@ class MadeRun:
             requests_checksum="",
             next_line=0,
             next_offset=0,
+            names_in_use=sorted({name for row in rows for name in _fields(row) if name in OUR_NAMES}),
         )
         self.run.write_seal(seal)
         return seal

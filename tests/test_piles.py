@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batchkit import piles, responses, spills
+from batchkit import joining, piles, responses, sorting, spills
 from batchkit.errors import InputError, StorageError, UsageError
 from batchkit.piles import merge_pile
 from batchkit.responses import Response
@@ -42,7 +42,7 @@ def partitioned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param == "in many partitions":
         monkeypatch.setattr(piles, "PARTITION_BYTES", 300)
         monkeypatch.setattr(spills, "BUFFERED_BYTES", 2000)
-        monkeypatch.setattr(spills, "MAX_OPEN", 5)
+        monkeypatch.setattr(sorting, "SHARD_ROWS", 7)
 
 
 def test_a_pile_of_every_shape_with_cut_lines_duplicates_and_strangers_is_counted_exactly(
@@ -250,7 +250,7 @@ def test_many_different_answers_to_one_row_are_each_looked_at_a_few_times(
         return gist(response)
 
     monkeypatch.setattr(responses, "gist", counted)
-    monkeypatch.setattr(piles, "gist", counted)
+    monkeypatch.setattr(joining, "gist", counted)
     tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}'])
     lines = [response_line("a", f"answer {number % count}") for number in range(2 * count)]
     write_lines(tmp_path / "out.jsonl", lines)

@@ -1,0 +1,151 @@
+"""The loops that people write where they have no batchkit: rows and shuffled responses → rows with their answers.
+
+Each takes a JSONL file of rows with an `id`, and one of responses in OpenAI batch format whose `custom_id` is that id,
+in any order; it writes, in the order of the rows, the fields of each row and `answer`: the text of the first choice, or
+null. None of them looks at errors, duplicates or strange lines, which is part of what they are quick by.
+
+    python benchmarks/merge_rivals.py NAME ROWS.jsonl RESPONSES.jsonl OUT.jsonl
+    python benchmarks/merge_rivals.py --check RESULTS.jsonl OUT.jsonl
+
+`--check` compares what a rival wrote with batchkit's results: the same rows in the same order, with the same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+
+
+def plain_dict(rows: Path, responses: Path, out: Path) -> None:
+    """What everybody writes first: a dictionary of all responses."""
+    answers = {}
+    with open(responses, encoding="utf-8") as stream:
+        for line in stream:
+            response = json.loads(line)
+            answers[response["custom_id"]] = response
+    with open(rows, encoding="utf-8") as stream, open(out, "w", encoding="utf-8") as target:
+        for line in stream:
+            row = json.loads(line)
+            response = answers.get(row["id"])
+            row["answer"] = (
+                response["response"]["body"]["choices"][0]["message"]["content"] if response is not None else None
+            )
+            target.write(json.dumps(row) + "\n")
+
+
+def orjson_dict(rows: Path, responses: Path, out: Path) -> None:
+    """The same by someone who cares for speed: orjson, and only the texts are kept."""
+    import orjson
+
+    answers = {}
+    with open(responses, "rb") as stream:
+        for line in stream:
+            response = orjson.loads(line)
+            answers[response["custom_id"]] = response["response"]["body"]["choices"][0]["message"]["content"]
+    with open(rows, "rb") as stream, open(out, "wb") as target:
+        for line in stream:
+            row = orjson.loads(line)
+            row["answer"] = answers.get(row["id"])
+            target.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def pandas_join(rows: Path, responses: Path, out: Path) -> None:
+    import pandas as pd
+
+    asked = pd.read_json(rows, lines=True)
+    found = pd.read_json(responses, lines=True)[["custom_id", "response"]]
+    found["answer"] = found["response"].map(lambda value: value["body"]["choices"][0]["message"]["content"])
+    joined = asked.merge(found[["custom_id", "answer"]], how="left", left_on="id", right_on="custom_id")
+    joined.drop(columns="custom_id").to_json(out, orient="records", lines=True)
+
+
+def polars_join(rows: Path, responses: Path, out: Path) -> None:
+    """Lazy, with a schema of what is needed, so that nothing else is decoded; streaming where Polars can."""
+    import polars as pl
+
+    message = pl.Struct({"content": pl.String})
+    body = pl.Struct({"choices": pl.List(pl.Struct({"message": message}))})
+    schema: Any = {"custom_id": pl.String, "response": pl.Struct({"body": body})}
+    choices = pl.col("response").struct.field("body").struct.field("choices")
+    text = choices.list.first().struct.field("message").struct.field("content")
+    found = pl.scan_ndjson(responses, schema=schema).select("custom_id", text.alias("answer"))
+    asked = pl.scan_ndjson(rows)
+    joined = asked.join(found, how="left", left_on="id", right_on="custom_id", maintain_order="left")
+    joined.sink_ndjson(out)
+
+
+def duckdb_join(rows: Path, responses: Path, out: Path) -> None:
+    """Two threads; the columns that are needed are named, so that nothing else is decoded."""
+    import duckdb
+
+    database = duckdb.connect(config={"threads": THREADS})
+    lines = f"read_json({_quoted(rows)}, format = 'newline_delimited')"
+    asked = f"SELECT *, row_number() OVER () AS place FROM {lines}"  # noqa: S608  # the files are named by whoever calls
+    found = f"""
+        SELECT custom_id, response.body.choices[1].message.content AS answer
+        FROM read_json({_quoted(responses)}, format = 'newline_delimited', columns = {{
+            custom_id: 'VARCHAR', response: 'STRUCT(body STRUCT(choices STRUCT(message STRUCT(content VARCHAR))[]))'}})
+    """  # noqa: S608  # the same
+    joined = f"""
+        SELECT asked.* EXCLUDE (place), found.answer FROM ({asked}) asked
+        LEFT JOIN ({found}) found ON asked.id = found.custom_id ORDER BY place
+    """  # noqa: S608
+    database.execute(f"COPY ({joined}) TO {_quoted(out)} (FORMAT json)")
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+RIVALS: dict[str, Callable[[Path, Path, Path], None]] = {
+    rival.__name__: rival for rival in (plain_dict, orjson_dict, pandas_join, polars_join, duckdb_join)
+}
+
+
+def check(results: Path, out: Path) -> int:
+    """How many rows were compared. Raises `ValueError` at the first that differs."""
+    count = 0
+    with open(results, "rb") as ours, open(out, "rb") as theirs:
+        for count, (one, other) in enumerate(itertools.zip_longest(ours, theirs), 1):
+            expected = {} if one is None else _of_batchkit(json.loads(one))
+            if one is None or other is None or expected != json.loads(other):
+                raise ValueError(f"line {count} differs: {expected} in {results}, {other!r} in {out}")
+    return count
+
+
+def _of_batchkit(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as a rival writes it."""
+    answer = result["raw_response"]
+    for name in ("model", "raw_response", "parsed_answer", "error", "batchkit"):
+        del result[name]
+    return {**result, "answer": answer}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare RESULTS.jsonl of batchkit with OUT.jsonl")
+    parser.add_argument("arguments", nargs="+", metavar="NAME ROWS RESPONSES OUT")
+    given = parser.parse_args()
+    if given.check:
+        if len(given.arguments) != 2:
+            parser.error("--check RESULTS.jsonl OUT.jsonl")
+        try:
+            print(f"{check(*map(Path, given.arguments)):,} rows are the same")
+        except ValueError as exc:
+            sys.exit(f"Error: {exc}")
+        return
+    if len(given.arguments) != 4 or given.arguments[0] not in RIVALS:
+        parser.error(f"NAME is one of {', '.join(RIVALS)}; then ROWS RESPONSES OUT")
+    name, *files = given.arguments
+    RIVALS[name](*map(Path, files))
+
+
+if __name__ == "__main__":
+    main()
