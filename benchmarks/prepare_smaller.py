@@ -62,7 +62,7 @@ class Setting:
 
 
 def ssim(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    return float(structural_similarity(one, other, data_range=255))  # type: ignore[no-untyped-call]
+    return float(structural_similarity(one, other, data_range=255))
 
 
 def grey(image: bytes) -> np.ndarray[Any, Any]:
