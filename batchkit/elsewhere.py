@@ -16,16 +16,19 @@ import datetime as dt
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
-from batchkit.resolving import Resolver, record
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.runs import Run, Seal, now
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, remove, write_whole
+
+if TYPE_CHECKING:
+    from batchkit.resolving import Resolver
 
 BACKEND = "vllm"
 FOLDER = "presigned"
@@ -134,6 +137,8 @@ def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Pa
 
 def _sendable(run: Run, seal: Seal, positions: Sequence[int], resolver: Resolver) -> list[int]:
     """Those of the requests that can be resolved; that the others cannot is recorded."""
+    from batchkit.resolving import record  # with all that makes requests
+
     resolved = resolver.lines(seal, seal.ranges(positions))
     faults = {one.position: one.fault for one in resolved if one.fault is not None}
     record(run, seal, faults, backend=BACKEND)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
-from typing import TypeVar
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, TypeVar
 
-from batchkit.stocks import Stock, Ware
 from batchkit.tasks import Row
+
+if TYPE_CHECKING:
+    from batchkit.stocks import Stock, Ware
 
 AHEAD_IMAGES = 512
 AHEAD_ROWS = 4096
@@ -36,20 +39,41 @@ def fetched(
     things: Iterable[T], remote_images: Callable[[T], list[str]], size_of: Callable[[T], int], *, private_hosts: bool
 ) -> Generator[tuple[T, dict[str, bytes | str]]]:
     """The same of anything that names images: each with the bytes at its addresses, or why they cannot be had."""
+    with ExitStack() as stack:
+        for thing in (remaining := iter(things)):
+            if addresses := remote_images(thing):
+                from batchkit.stocks import Stock  # with asyncio and all: most images are local
+
+                stock = stack.enter_context(Stock(private_hosts=private_hosts))
+                yield from _fetched(thing, addresses, remaining, remote_images, size_of=size_of, stock=stock)
+            else:
+                yield thing, {}
+
+
+def _fetched(
+    first: T,
+    addresses: list[str],
+    others: Iterable[T],
+    remote_images: Callable[[T], list[str]],
+    *,
+    size_of: Callable[[T], int],
+    stock: Stock,
+) -> Generator[tuple[T, dict[str, bytes | str]]]:
+    """`first`, which has remote images, and all others."""
     ahead: deque[tuple[T, int, dict[str, Ware]]] = deque()
     images = size = 0
-    with Stock(private_hosts=private_hosts) as stock:
-        for thing in things:
-            wares = {uri: stock.take(uri) for uri in remote_images(thing)}
-            if not wares and not ahead:
-                yield thing, {}
-                continue
-            ahead.append((thing, size_of(thing), wares))
-            images, size = images + len(wares), size + ahead[-1][1]
-            while ahead and (images > AHEAD_IMAGES or len(ahead) > AHEAD_ROWS or size > AHEAD_BYTES or stock.is_full()):
-                first, its_size, its = ahead.popleft()
-                images, size = images - len(its), size - its_size
-                yield first, {uri: stock.read(ware) for uri, ware in its.items()}
-        while ahead:
-            first, _, its = ahead.popleft()
-            yield first, {uri: stock.read(ware) for uri, ware in its.items()}
+    named = itertools.chain([(first, addresses)], ((thing, remote_images(thing)) for thing in others))
+    for thing, wanted in named:
+        wares = {uri: stock.take(uri) for uri in wanted}
+        if not wares and not ahead:
+            yield thing, {}
+            continue
+        ahead.append((thing, size_of(thing), wares))
+        images, size = images + len(wares), size + ahead[-1][1]
+        while ahead and (images > AHEAD_IMAGES or len(ahead) > AHEAD_ROWS or size > AHEAD_BYTES or stock.is_full()):
+            one, its_size, its = ahead.popleft()
+            images, size = images - len(its), size - its_size
+            yield one, {uri: stock.read(ware) for uri, ware in its.items()}
+    while ahead:
+        one, _, its = ahead.popleft()
+        yield one, {uri: stock.read(ware) for uri, ware in its.items()}

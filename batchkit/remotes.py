@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import urllib.error
-import urllib.request
-from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from batchkit import s3
@@ -31,6 +27,15 @@ def look(uri: str) -> Version:
     if s3.is_s3(uri):
         found = s3.look(uri)
         return Version(found.bytes, found.etag, None)
+    return _look_at_web(uri)
+
+
+def _look_at_web(uri: str) -> Version:
+    import http.client
+    import urllib.error
+    import urllib.request
+    from email.utils import parsedate_to_datetime
+
     # A GET, of which nothing is read: a signed URL is signed for GET alone.
     request = urllib.request.Request(uri, headers={"User-Agent": "batchkit", "Accept-Encoding": "identity"})  # noqa: S310  # http or https, checked above
     try:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,8 +29,10 @@ from batchkit.references import shown
 from batchkit.requests import data_url
 from batchkit.runs import Run, Seal, as_ranges, now
 from batchkit.shardfiles import request_views
-from batchkit.stocks import Stock, Ware
 from batchkit.storage import write_whole
+
+if TYPE_CHECKING:
+    from batchkit.stocks import Ware
 
 AHEAD_IMAGES = 512
 AHEAD_ROWS = 4096
@@ -73,6 +75,8 @@ class Resolver:
         self._run = run
         self._ways = ways
         self._options = ImageOptions(media_types=ways.limits.media_types)
+        from batchkit.stocks import Stock  # with asyncio and all: most runs have no links
+
         self._stock = Stock(private_hosts=ways.private_hosts)
         self._absent = 0
         self._hosts: dict[str, str | None] = {}

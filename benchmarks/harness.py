@@ -8,6 +8,7 @@ Outputs are checked in every round.
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import os
 import resource
@@ -78,6 +79,8 @@ class Result:
 
 def compare(contenders: Sequence[Contender], rounds: int, folder: Path) -> dict[str, Result]:
     """Every contender once a round, in turns; results in the order in which they were given."""
+    # As pip leaves what it installs, the rivals too: a checkout may lie where Python writes no bytecode.
+    compileall.compile_dir(Path(__file__).parent.parent / "batchkit", quiet=1)
     results = {one.name: Result(_turn(one, folder, look=True)) for one in contenders}
     for number in range(rounds):
         first = number % len(contenders)
