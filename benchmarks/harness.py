@@ -50,7 +50,8 @@ def nothing(_: Path) -> None:
 class Contender:
     """`command` is what to run for an output in the folder given; `check` raises where that output is wrong.
 
-    `setup` is called with the (empty) folder before the clock starts. `codes` are exit codes that mean success.
+    `setup` is called with the (empty) folder before the clock starts. `codes` are exit codes that mean success. `most`
+    rounds are timed: those that are slower by far need no more.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Contender:
     setup: Callable[[Path], None] = nothing
     environment: Mapping[str, str] = field(default_factory=dict)
     codes: tuple[int, ...] = (0,)
+    most: int | None = None
 
 
 @dataclass
@@ -85,7 +87,8 @@ def compare(contenders: Sequence[Contender], rounds: int, folder: Path) -> dict[
     for number in range(rounds):
         first = number % len(contenders)
         for one in (*contenders[first:], *contenders[:first]):
-            results[one.name].rounds.append(_turn(one, folder, look=False))
+            if one.most is None or number < one.most:
+                results[one.name].rounds.append(_turn(one, folder, look=False))
     return results
 
 

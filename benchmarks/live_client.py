@@ -4,7 +4,7 @@ Both read the same run of requests (100 KB each, an image inline), keep the same
 response to a file; the rounds take turns. The server is a process of its own that answers at once. Prints requests a
 second, and requests a second of CPU time of the client, which is what a core can do.
 
-    python benchmarks/live_client.py --requests 20000 --rounds 3
+    python benchmarks/live_client.py --requests 10000 --rounds 3
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def prepare(folder: Path, count: int) -> Run:
 
 def main() -> None:
     options = parser(__doc__, rounds=3)
-    options.add_argument("--requests", type=int, help="[default: 20000]")
+    options.add_argument("--requests", type=int, help="[default: 10000]")
     options.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options.add_argument("--sdk", nargs=3, help=argparse.SUPPRESS)
     arguments = options.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
         run, url, output = arguments.sdk
         asyncio.run(ask_with_the_sdk(Path(run), url, Path(output)))
     else:
-        count = arguments.requests or (300 if arguments.quick else 20_000)
+        count = arguments.requests or (300 if arguments.quick else 10_000)
         rounds = min(arguments.rounds, 1) if arguments.quick else arguments.rounds
         with workplace(arguments.folder) as folder:
             found, size = compare(folder, count, rounds)

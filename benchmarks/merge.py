@@ -157,7 +157,7 @@ def goals(results: dict[str, Result], found: dict[int, dict[str, Result]], start
 
 
 def main() -> None:
-    arguments = parser(__doc__, rounds=5)
+    arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--rows", type=int, help="[default: 200000]")
     arguments.add_argument("--sizes", help="of the series, separated by commas [default: 10000 to 5000000]")
     given = arguments.parse_args()

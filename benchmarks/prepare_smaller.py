@@ -91,7 +91,7 @@ def contenders(setting: Setting) -> list[Contender]:
 
 
 def main() -> None:
-    arguments = parser(__doc__, rounds=5)
+    arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--images", type=int, help="[default: 240, of which 24 are different]")
     given = arguments.parse_args()
     count = given.images or (6 if given.quick else 240)
