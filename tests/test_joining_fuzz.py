@@ -96,6 +96,8 @@ OF_BODY = st.sampled_from(
         '"model":7,',
         '"model":"gpt-4o","model":"m2",',
         '"output":[],',
+        '"candidates":[],',
+        '"promptFeedback":null,',
         '"model":"",',
     ]
 )
