@@ -47,7 +47,7 @@ def read(body: Any) -> Found:
     """Read a body of any endpoint. Never raises."""
     if not isinstance(body, dict):
         return Found("none", message="the response has no body")
-    if "candidates" in body or "promptFeedback" in body:
+    if ("candidates" in body or "promptFeedback" in body) and "choices" not in body:
         return _gemini(body)
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else None
     model = body.get("model") if isinstance(body.get("model"), str) else None

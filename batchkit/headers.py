@@ -33,6 +33,8 @@ _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _QUANTIZATION, _SCAN = 0xDB, 0xDA
 _SKIPPED = frozenset({*range(0xE0, 0xF0), 0xFE, 0xC4, 0xDD})
 """Application data, comments, Huffman tables, restart intervals."""
+_NAMED = {0xE0: (b"JFIF", 9), 0xE2: (b"ICC_PROFILE\0", 16), 0xEE: (b"Adobe", 9)}
+"""Application data that Pillow reads, by its name, and the length without which it opens nothing."""
 
 
 def _jpeg(data: bytes) -> Header | None:
@@ -53,10 +55,15 @@ def _jpeg(data: bytes) -> Header | None:
         elif marker == _QUANTIZATION:
             if (length - 2) % 65 or any(data[table] > 15 for table in range(at + 4, at + 2 + length, 65)):
                 return None  # other tables than those of 8 bits
-        elif marker not in _SKIPPED:
+        elif marker not in _SKIPPED or _is_short(data, at + 4, marker, length):
             return None
         at += 2 + length
     return None
+
+
+def _is_short(data: bytes, at: int, marker: int, length: int) -> bool:
+    name, least = _NAMED.get(marker, (b"", 0))
+    return length < least and data.startswith(name, at)
 
 
 def _frame(data: bytes, at: int, length: int) -> Header | None:
@@ -72,18 +79,25 @@ _CHUNK = struct.Struct(">I4s")
 _IHDR = struct.Struct(">IIBBBBB")
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 """Bits by colour type."""
-_HARMLESS = frozenset({b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"eXIf"})
+_HARMLESS = {
+    b"PLTE": 0, b"tRNS": 0, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"sBIT": 0, b"bKGD": 0, b"tIME": 0,
+    b"eXIf": 0,
+}  # fmt: skip
+"""With the bytes that Pillow wants there at least."""
+_TRANSPARENT = {0: 2, 2: 6}
+"""The same for tRNS, by colour type."""
 
 
 def _png(data: bytes) -> Header | None:
     """PNG, W3C, sections 5 and 11: chunks up to the first of the image, each with its checksum."""
     at, end = len(PNG_START), len(data)
     found: Header | None = None
+    least: dict[bytes, int] = _HARMLESS
     while at + 12 <= end:
         length, kind = _CHUNK.unpack_from(data, at)
         if kind == b"IDAT":
             return found
-        if at + 12 + length > end or (kind != b"IHDR" if found is None else kind not in _HARMLESS):
+        if at + 12 + length > end or (kind != b"IHDR" if found is None else length < least.get(kind, end)):
             return None
         checksum = int.from_bytes(data[at + 8 + length : at + 12 + length], "big")
         if zlib.crc32(data[at + 4 : at + 8 + length]) != checksum:
@@ -95,5 +109,6 @@ def _png(data: bytes) -> Header | None:
             if not width or not height or depth not in _DEPTHS.get(colour, ()) or any(methods) or interlaced > 1:
                 return None
             found = Header("PNG", width, height)
+            least = _HARMLESS | {b"tRNS": _TRANSPARENT.get(colour, 0)}
         at += 12 + length
     return None

@@ -186,7 +186,7 @@ class _Results:
         self._found = found
         self._sheet = sheet
         self._first = sheet.tally.rows
-        self._quoted = _encode_lines(judge.ids).split(b"\n")
+        self._quoted = _encode_lines([custom_id or None for custom_id in judge.ids]).split(b"\n")
         self._encoder = sheet.encoder if isinstance(sheet.encoder, ResultEncoder) else None
 
     def write(self) -> None:

@@ -63,7 +63,9 @@ def begin(workers: int, initializer: Callable[..., None], arguments: tuple[Any, 
         from concurrent.futures import ProcessPoolExecutor
 
         fork = multiprocessing.get_context("fork")
-        return ProcessPoolExecutor(workers, mp_context=fork, initializer=initializer, initargs=arguments)
+        forked = ProcessPoolExecutor(workers, mp_context=fork, initializer=initializer, initargs=arguments)
+        forked.submit(os.getpid)  # all begin with the first task: now, for whoever makes the tasks may start threads
+        return forked
     # loky rather than concurrent.futures: a script without an `if __name__ == "__main__"` guard works, too.
     import loky
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import struct
+import zlib
 
 import pytest
 from PIL import Image
@@ -70,3 +72,33 @@ def test_a_header_that_is_damaged_is_never_taken_where_pillow_would_not() -> Non
                 taken += 1
                 assert found == as_pillow_sees_it(some)
     assert taken > 500, "else this would show nothing"
+
+
+def _with_piece(data: bytes, kind: int | bytes, body: bytes) -> bytes:
+    """An image with one more segment or chunk, of any content."""
+    if isinstance(kind, int):
+        return data[:2] + struct.pack(">BBH", 0xFF, kind, len(body) + 2) + body + data[2:]
+    checksum = struct.pack(">I", zlib.crc32(kind + body))
+    return data[:33] + struct.pack(">I", len(body)) + kind + body + checksum + data[33:]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_segments_and_chunks_that_are_too_short_are_left_to_pillow(kind: str) -> None:
+    pieces: list[tuple[int | bytes, bytes]] = [
+        (marker, name)
+        for marker in (0xE0, 0xE1, 0xE2, 0xED, 0xEE)
+        for name in (b"JFIF\0\1\1\0", b"Exif\0\0", b"MPF\0", b"ICC_PROFILE\0", b"Adobe\0\1\1", b"Photoshop 3.0\0008BIM")
+    ]
+    if kind == "PNG":
+        names = (b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"eXIf")
+        pieces = [(name, bytes(33)) for name in names]
+    taken = 0
+    for mode, (name, body) in itertools.product(["RGB", "L"] + ["P", "RGBA"] * (kind == "PNG"), pieces):
+        for length in range(len(body) + 1):
+            data = _with_piece(encoded(kind, mode=mode), name, body[:length])
+            found = headers.read(data)
+            if found is not None:
+                taken += 1
+                assert found == as_pillow_sees_it(data)
+    assert taken > 200

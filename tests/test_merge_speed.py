@@ -194,7 +194,7 @@ def test_a_name_that_prepare_saw_in_a_shard_is_refused_before_all_is_prepared(tm
 def test_small_runs_need_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = MadeRun(tmp_path / "run")
     fill(made, 2)
-    monkeypatch.setattr(teams, "_pool", lambda workers: pytest.fail("not for so few rows"))
+    monkeypatch.setattr(teams, "begin", lambda *_: pytest.fail("not for so few rows"))
     merge(made.run)
     monkeypatch.setattr(assembly, "FORKED_ROWS", 1)
     monkeypatch.setattr(assembly, "SPAWNED_ROWS", 1)

@@ -269,3 +269,12 @@ def test_one_response_repeated_endlessly_takes_no_memory(tmp_path: Path) -> None
     summary = merge_pile(tasks, [tmp_path / "out.jsonl"], output=tmp_path / "results.jsonl")
     assert counts(summary) == {"failed": 1}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 25_000  # of 30 MB of lines
+
+
+def test_an_id_without_characters_is_no_custom_id_whatever_its_answer_looks_like(tmp_path: Path) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":"a"}', b'{"id":""}'])
+    for finish in ("stop", "content_filter"):
+        answers = write_lines(tmp_path / "out.jsonl", [response_line("", "red", finish=finish)])
+        merge_pile(tasks, [answers], output=tmp_path / "results.jsonl")
+        result = results_of(tmp_path / "results.jsonl")[1]
+        assert (result["raw_response"], result["batchkit"]["custom_id"]) == ("red", None)

@@ -37,6 +37,13 @@ def test_a_failing_status_is_no_success_though_the_body_has_choices() -> None:
     assert parse(line).verdict is Verdict.FAILED
 
 
+@pytest.mark.parametrize("finish", ["stop", "length"])
+@pytest.mark.parametrize("name", ["candidates", "promptFeedback"])
+def test_choices_are_read_whatever_stands_beside_them(name: str, finish: str) -> None:
+    response = parse(response_line("a", "red", finish=finish, **{name: None}))
+    assert (response.answer, response.finish_reason) == ("red", finish)
+
+
 def test_an_answer_that_quotes_the_death_of_an_engine_is_an_answer() -> None:
     response = parse(response_line("a", "EngineCore encountered an issue. See stack trace (above)"))
     assert (response.verdict, response.engine_died) == (Verdict.ANSWERED, False)
