@@ -20,13 +20,14 @@ from harness import BATCHKIT, Contender, Result, compare, parser, say, workplace
 from report import Goal, Report, Table, ranking, ratio, raw_times
 
 RUN, PILE = "batchkit, its own run", "batchkit, a foreign pile"
-PLAIN, DUCKDB = "plain dict loop", "DuckDB, 2 threads"
+PLAIN, DUCKDB = "plain dict loop", "DuckDB, with status and usage"
 RIVALS = {
     PLAIN: "plain_dict",
     "orjson dict loop": "orjson_dict",
     "pandas": "pandas_join",
     "Polars": "polars_join",
-    DUCKDB: "duckdb_join",
+    "DuckDB, the texts alone": "duckdb_join",
+    DUCKDB: "duckdb_verdicts",
 }
 SIZES = (10_000, 50_000, 200_000, 1_000_000, 5_000_000)
 PILE_ROWS = 1_000_000
