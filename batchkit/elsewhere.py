@@ -99,11 +99,12 @@ def renew(run: Run, seal: Seal, number: int, until: dt.datetime, resolver: Resol
     attempt = next(attempt for attempt in job.attempts if attempt.number == number)
     if attempt.elsewhere is None:
         raise AssertionError("not an attempt elsewhere")
-    if _moment(attempt.elsewhere) < until:
-        attempt.elsewhere.expires = until.isoformat()
-        run.write_job(job)
+    if until <= _moment(attempt.elsewhere):  # what was given out before holds longer, and so do the URLs in its input
+        return attempt
     if resolver is not None:
         _write_input(run, seal, attempt.rows, run.path / attempt.elsewhere.input, resolver)
+    attempt.elsewhere.expires = until.isoformat()
+    run.write_job(job)
     return attempt
 
 
@@ -112,9 +113,15 @@ def open_in(run: Run, shard: int) -> list[Attempt]:
     return [attempt for attempt in run.job(shard).attempts if attempt.state == "elsewhere"]
 
 
-def requests_out(run: Run, shards: Iterable[int]) -> int:
+def requests_out(run: Run, seals: Iterable[Seal]) -> int:
     """How many requests are on machines elsewhere now."""
-    return sum(end - start for shard in shards for attempt in open_in(run, shard) for start, end in attempt.rows)
+    return sum(requests_in(seal, attempt) for seal in seals for attempt in open_in(run, seal.shard))
+
+
+def requests_in(seal: Seal, attempt: Attempt) -> int:
+    """How many requests an attempt took: rows without one may lie between them."""
+    asking = frozenset(seal.asking)
+    return sum(position in asking for start, end in attempt.rows for position in range(start, end))
 
 
 def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path, resolver: Resolver | None) -> None:
@@ -156,7 +163,7 @@ def gather(run: Run, seals: Mapping[int, Seal], *, close: bool = True) -> Gather
         if any(_has_news(run, attempt, close=close) for attempt in run.job(shard).attempts):
             try:
                 with run.lease(f"{shard:05d}"):
-                    _gather_shard(run, shard, gathered, close=close)
+                    _gather_shard(run, seals[shard], gathered, close=close)
             except RunBusyError as exc:
                 gathered.busy = exc
     return gathered
@@ -206,8 +213,8 @@ def _moment(place: Elsewhere) -> dt.datetime:
     return dt.datetime.fromisoformat(place.expires)
 
 
-def _gather_shard(run: Run, shard: int, gathered: Gathered, *, close: bool) -> None:
-    job = run.job(shard)  # read again: another process may have collected before we held the lease
+def _gather_shard(run: Run, seal: Seal, gathered: Gathered, *, close: bool) -> None:
+    job = run.job(seal.shard)  # read again: another process may have collected before we held the lease
     for attempt in job.attempts:
         place = attempt.elsewhere
         if place is None or not _has_news(run, attempt, close=close):
@@ -219,7 +226,7 @@ def _gather_shard(run: Run, shard: int, gathered: Gathered, *, close: bool) -> N
             gathered.expired += 1
             gathered.note(run, place.output, f"has not come, and its URLs expired at {place.expires}")
         else:
-            _collect(run, shard, attempt, run.fetch(output), gathered)
+            _collect(run, seal, attempt, run.fetch(output), gathered)
             place.version = version
             attempt.state, attempt.ended, attempt.message = "collected", now(), None
             _remove_input(run, place)
@@ -241,11 +248,11 @@ def _remove_input(run: Run, place: Elsewhere) -> None:
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _collect(run: Run, shard: int, attempt: Attempt, output: Path, gathered: Gathered) -> None:
+def _collect(run: Run, seal: Seal, attempt: Attempt, output: Path, gathered: Gathered) -> None:
     """Write the whole lines of the output as the attempt's responses. Where the same command has run before, an answer
     of that which this output lacks stays."""
-    target = run.responses_path(shard, attempt.number)
-    before = _judged(target) if any(path == target for _, path in run.responses_paths(shard)) else {}
+    target = run.responses_path(seal.shard, attempt.number)
+    before = _judged(target) if any(path == target for _, path in run.responses_paths(seal.shard)) else {}
     new = _judged(output)
     count = 0
     with write_whole(target, durable=True) as stream:
@@ -260,7 +267,7 @@ def _collect(run: Run, shard: int, attempt: Attempt, output: Path, gathered: Gat
     gathered.responses += count
     torn = _is_torn(output)
     gathered.torn += torn
-    asked = sum(end - start for start, end in attempt.rows)
+    asked = requests_in(seal, attempt)
     if torn or len(new) < asked:
         end = ", and ends in the middle of a line" if torn else ""
         name = output.relative_to(run.path).as_posix()

@@ -687,6 +687,9 @@ def test_presign_signs_the_images_of_a_run_too(bucket: Bucket, linked: LinkedRun
     (again,) = json.loads(call("presign", run.name, "--format", "json", "--again", "--expires", "7d").stdout)
     assert urlsplit(again["input"]).path == urlsplit(entry["input"]).path
     assert "X-Amz-Expires=604" in urls_of(web_get(again["input"]).splitlines()[0])[0]
+    (shorter,) = json.loads(call("presign", run.name, "--format", "json", "--again", "--expires", "1h").stdout)
+    assert shorter["input"] != again["input"]
+    assert "X-Amz-Expires=604" in urls_of(web_get(again["input"]).splitlines()[0])[0], "its commands hold longer"
 
 
 def test_presign_refuses_a_run_whose_images_are_files(bucket: Bucket, linked: LinkedRun, picture: Picture) -> None:
