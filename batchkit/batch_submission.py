@@ -102,10 +102,11 @@ def submit_run(
         window=target.window or (target.host.window if target.host is not None else None),
         presign=settings.presign,
     )
-    with resolving as resolver:
+    with contextlib.ExitStack() as stack:
+        resolver = stack.enter_context(resolving)
         packer = None
         if resolver is not None:
-            packer = Packer(run, resolver, service, cost=costs.of, most=target.limits.max_bytes)
+            packer = stack.enter_context(Packer(run, resolver, service, cost=costs.of, most=target.limits.max_bytes))
         return submit_batches(
             run,
             feed,

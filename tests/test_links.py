@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,9 +24,12 @@ from batchkit.backends import vllm_install
 from batchkit.errors import StorageError, UsageError
 from batchkit.evaluation import evaluate
 from batchkit.feeds import Feed
+from batchkit.handover import Cost
 from batchkit.links import Links, path_of, split
 from batchkit.merging import merge
+from batchkit.parcels import Parcel
 from batchkit.preparation import plan, prepare
+from batchkit.resolving import Resolver
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
@@ -488,17 +492,48 @@ def test_a_pilot_of_links_is_a_pilot(tmp_path: Path, linked: LinkedRun, provider
     assert set(provider.paid.values()) == {1}
 
 
+@pytest.mark.parametrize("step", ["upload", "create"])
 def test_a_file_that_the_provider_finds_too_large_is_halved(
-    tmp_path: Path, linked: LinkedRun, provider: Provider
+    step: str, tmp_path: Path, linked: LinkedRun, provider: Provider
 ) -> None:
     from tests import fake_provider
 
     run = linked([noise(tmp_path / f"{n}.png").name for n in range(8)], backend="openai")
-    provider.faults["upload"].append(fake_provider.status(413, "too large"))
+    provider.faults[step] += [fake_provider.status(413, "too large")] * 2
     report = send_to_service(run, provider)
     assert report.exit_code == 0
     assert set(provider.paid.values()) == {1}
-    assert len([data for data in provider.files.values() if b"base64" in data]) >= 2
+    sizes = [len(data) for data in provider.files.values() if b"base64" in data]
+    assert len(sizes) == {"upload": 4, "create": 6}[step]
+    assert max(sizes[-4:]) <= len(b"".join(provider.files.values())) // 4
+
+
+def test_a_file_that_has_to_wait_is_gone_when_submit_ends(
+    tmp_path: Path, linked: LinkedRun, provider: Provider
+) -> None:
+    paths = [noise(tmp_path / f"{n}.png").name for n in range(8)]
+    run = linked(paths, backend="openai", model="gpt-4o-mini", max_requests=4)
+    assert send_to_service(run, provider, wait=False, max_enqueued_tokens=1).sent == 4
+    assert b"base64" not in everything(run.path)
+    assert send_to_service(run, provider, max_enqueued_tokens=1).exit_code == 0
+    assert set(provider.paid.values()) == {1}
+
+
+def test_a_file_whose_urls_became_too_old_while_it_waited_is_made_again(
+    picture: Picture, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = linked([picture("a.png").name], backend="openai")
+    (seal,) = run.seals()
+    parcel = Parcel(seal=seal, positions=[0], url="/v1/chat/completions", size=1)
+    resolver = Resolver(run, ways.Ways(limits=limits.LIMITS["openai"]))
+    service: Any = SimpleNamespace(request=bytes)
+    with resolver, packing.Packer(run, resolver, service, cost=lambda _: Cost(), most=10**6) as packer:
+        first = packer.pack(parcel)
+        assert packer.pack(parcel).cost is first.cost, "it is there already"
+        monkeypatch.setattr(packing.Packer, "holds", lambda self, until: False)
+        assert packer.pack(parcel).cost is not first.cost
+        assert packer.file_of(0, [0]).exists()
+    assert not list((run.path / "uploads").iterdir())
 
 
 def test_an_attempt_that_was_only_intended_is_packed_anew(
