@@ -24,8 +24,8 @@ from batchkit.storage import write_whole
 
 
 class Packed(msgspec.Struct, kw_only=True):
-    """`positions` are in the file, `rest` did not fit, and the requests of `faults` cannot be sent. `until` then the URLs
-    hold that the file names; None where it names none."""
+    """`positions` are in the file, `rest` did not fit, and the requests of `faults` cannot be sent. The URLs that the
+    file names hold `until` then; None where it names none."""
 
     shard: int
     positions: list[int]

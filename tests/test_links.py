@@ -29,7 +29,7 @@ from batchkit.links import Links, path_of, split
 from batchkit.merging import merge
 from batchkit.parcels import Parcel
 from batchkit.preparation import plan, prepare
-from batchkit.resolving import Resolver
+from batchkit.resolving import Resolver, Ways
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
@@ -525,7 +525,7 @@ def test_a_file_whose_urls_became_too_old_while_it_waited_is_made_again(
     run = linked([picture("a.png").name], backend="openai")
     (seal,) = run.seals()
     parcel = Parcel(seal=seal, positions=[0], url="/v1/chat/completions", size=1)
-    resolver = Resolver(run, ways.Ways(limits=limits.LIMITS["openai"]))
+    resolver = Resolver(run, Ways(limits=limits.LIMITS["openai"]))
     service: Any = SimpleNamespace(request=bytes)
     with resolver, packing.Packer(run, resolver, service, cost=lambda _: Cost(), most=10**6) as packer:
         first = packer.pack(parcel)
@@ -641,6 +641,8 @@ def test_a_provider_is_given_no_urls_of_the_own_network(
     monkeypatch.setattr(batch_submission_module(), "settle", lambda *_, **__: None)
     with pytest.raises(UsageError, match="--presign: openai cannot reach http:"):
         submit(run, presign=True, base_url="https://api.openai.com/v1")
+    near = ["http://minio:9000", "http://s3.internal", "http://127.0.0.1:9000"]
+    assert [url for url in (*near, "https://s3.example.com") if ways._is_private(url)] == near
 
 
 def batch_submission_module() -> Any:

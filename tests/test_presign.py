@@ -148,7 +148,9 @@ def test_a_machine_without_credentials_answers_all_and_merge_finds_it(
 def test_rows_that_share_a_request_are_answered_from_elsewhere_by_one(
     bucket: Bucket, machine: Machine, tmp_path: Path
 ) -> None:
-    tasks = bucket.put("in/tasks.jsonl", b"".join(b'{"id":%d,"question":"%d?"}\n' % (n, n % 10 // 4) for n in range(20)))
+    tasks = bucket.put(
+        "in/tasks.jsonl", b"".join(b'{"id":%d,"question":"%d?"}\n' % (n, n % 10 // 4) for n in range(20))
+    )
     prepare(tasks, bucket.uri("runs/one"), model="org/m", max_requests=10, workers=1, dedupe=True)
     run = Run.open(bucket.uri("runs/one"))
     script = presign(run, tmp_path)
