@@ -16,6 +16,7 @@ from batchkit.batches import Service
 from batchkit.costs import spent_on
 from batchkit.errors import BatchkitError, RunBusyError, ServiceError
 from batchkit.feeds import Feed
+from batchkit.fetching import NOT_NOW
 from batchkit.handover import Cost, Settings
 from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
@@ -159,6 +160,7 @@ class Services:
             record(self._run, seal, packed.faults, backend=self._service.name)
             self._queue.mark_handled(seal.shard, list(packed.faults))
             self._report.responses += lost
+            self._report.passing += sum(fault.code == NOT_NOW for fault in packed.faults.values())
             self._progress.update(lost)
             self._progress.say(f"shard {seal.shard}: {lost:,} requests are not sent: their images cannot be had")
             self._release()

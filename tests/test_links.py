@@ -19,7 +19,7 @@ import msgspec
 import pytest
 from PIL import Image
 
-from batchkit import attempts, handouts, limits, outcomes, packing, pipeline, s3, ways
+from batchkit import attempts, fetching, handouts, limits, outcomes, packing, pipeline, s3, ways
 from batchkit.backends import vllm_install
 from batchkit.errors import StorageError, UsageError
 from batchkit.evaluation import evaluate
@@ -360,6 +360,34 @@ def test_an_object_that_is_gone_fails_its_row_alone(bucket: Bucket, linked: Link
     assert verdicts(run) == {"answered": 3, "failed": 2}
     assert messages(run)[1].startswith(f"image not found: {uris[1]}; when that is mended: batchkit submit ")
     assert messages(run)[4].startswith(f"not an image that can be read: {bucket.uri('text.png')} (it begins like HTML")
+
+
+@pytest.mark.parametrize("backend", ["vllm", "server", "openai"])
+def test_an_object_that_a_server_does_not_give_now_is_tried_again_by_the_next_submit(
+    backend: Any, request: pytest.FixtureRequest, bucket: Bucket, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = {
+        "vllm": lambda run: (request.getfixturevalue("fake"), submit(run))[1],
+        "server": lambda run: submit(run, endpoints=[request.getfixturevalue("server").url]),
+        "openai": lambda run: send_to_service(run, request.getfixturevalue("provider")),
+    }[backend]
+    monkeypatch.setattr(fetching, "TRIES", 1)
+    run = linked([bucket.put("a.png", png()), bucket.put("b.png", png())], backend=backend)
+    asked = fetching.Fetcher._get_s3
+
+    def busy(self: fetching.Fetcher, uri: str) -> Any:
+        if uri.endswith("b.png"):
+            raise fetching.PassingError("the server says 503 SlowDown")
+        return asked(self, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching.Fetcher, "_get_s3", busy)
+        assert send(run).exit_code != 0
+        assert verdicts(run) == {"answered": 1, "failed": 1}
+        assert messages(run)[1].endswith(f"b.png: the server says 503 SlowDown; once more: batchkit submit {run.name}")
+        send(run)
+    assert send(run).exit_code == 0
+    assert verdicts(run) == {"answered": 2}
 
 
 def test_a_bucket_that_is_not_there_stops_submit_and_fails_no_row(
