@@ -19,7 +19,7 @@ import msgspec
 import pytest
 from PIL import Image
 
-from batchkit import attempts, fetching, handouts, limits, outcomes, packing, pipeline, s3, ways
+from batchkit import attempts, engines, fetching, handouts, limits, mishaps, outcomes, packing, pipeline, s3, ways
 from batchkit.backends import vllm_install
 from batchkit.errors import StorageError, UsageError
 from batchkit.evaluation import evaluate
@@ -29,6 +29,7 @@ from batchkit.links import Links, path_of, split
 from batchkit.merging import merge
 from batchkit.parcels import Parcel
 from batchkit.preparation import plan, prepare
+from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver, Ways
 from batchkit.responses import Verdict
 from batchkit.runs import Run
@@ -362,31 +363,48 @@ def test_an_object_that_is_gone_fails_its_row_alone(bucket: Bucket, linked: Link
     assert messages(run)[4].startswith(f"not an image that can be read: {bucket.uri('text.png')} (it begins like HTML")
 
 
+def test_a_start_takes_no_more_than_there_is_room_for_with_the_images_in_it(
+    bucket: Bucket, linked: LinkedRun, tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [bucket.put(f"{n}.png", noise(tmp_path / f"{n}.png").read_bytes()) for n in range(12)]
+    run = linked(uris, max_requests=5)
+    s3.delete(uris[3])
+    monkeypatch.setattr(engines, "most_bytes", lambda room: 21_000)
+    report = submit(run)
+    assert (report.sent, report.responses, report.remaining, report.exit_code) == (11, 12, 0, 3)
+    assert verdicts(run) == {"answered": 11, "failed": 1}
+    assert [path.stat().st_size <= 21_000 for path in inputs.folder.iterdir()] == [True] * 4
+    asked = [json.loads(line)["custom_id"] for line in inputs.lines]
+    assert asked == [custom_id for custom_id in ids_of(run) if not custom_id.startswith("3-")]
+    assert submit(run).sent == 0
+
+
 @pytest.mark.parametrize("backend", ["vllm", "server", "openai"])
 def test_an_object_that_a_server_does_not_give_now_is_tried_again_by_the_next_submit(
     backend: Any, request: pytest.FixtureRequest, bucket: Bucket, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = {
-        "vllm": lambda run: (request.getfixturevalue("fake"), submit(run))[1],
-        "server": lambda run: submit(run, endpoints=[request.getfixturevalue("server").url]),
-        "openai": lambda run: send_to_service(run, request.getfixturevalue("provider")),
-    }[backend]
+    senders: dict[str, Callable[[], SubmitReport]] = {
+        "vllm": lambda: (request.getfixturevalue("fake"), submit(run))[1],
+        "server": lambda: submit(run, endpoints=[request.getfixturevalue("server").url]),
+        "openai": lambda: send_to_service(run, request.getfixturevalue("provider")),
+    }
+    send = senders[backend]
     monkeypatch.setattr(fetching, "TRIES", 1)
     run = linked([bucket.put("a.png", png()), bucket.put("b.png", png())], backend=backend)
     asked = fetching.Fetcher._get_s3
 
     def busy(self: fetching.Fetcher, uri: str) -> Any:
         if uri.endswith("b.png"):
-            raise fetching.PassingError("the server says 503 SlowDown")
+            raise mishaps.PassingError("the server says 503 SlowDown")
         return asked(self, uri)
 
     with monkeypatch.context() as patch:
         patch.setattr(fetching.Fetcher, "_get_s3", busy)
-        assert send(run).exit_code != 0
+        assert send().exit_code != 0
         assert verdicts(run) == {"answered": 1, "failed": 1}
         assert messages(run)[1].endswith(f"b.png: the server says 503 SlowDown; once more: batchkit submit {run.name}")
-        send(run)
-    assert send(run).exit_code == 0
+        send()
+    assert send().exit_code == 0
     assert verdicts(run) == {"answered": 2}
 
 
