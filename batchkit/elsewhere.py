@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from batchkit import s3
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
 from batchkit.resolving import Resolver, record
@@ -29,6 +30,7 @@ from batchkit.storage import open_read, remove, write_whole
 
 BACKEND = "vllm"
 FOLDER = "presigned"
+INPUT = ".input.jsonl"
 SHOWN = 5
 GRACE_SECONDS = 300.0
 """After its URL has expired an upload that had begun goes on, and clocks differ."""
@@ -69,6 +71,7 @@ def give_out(
 ) -> Attempt | None:
     """Steps 1 and 2; `resolver` is there for a run with links. None where nothing can be given out. The shard's lease
     is held."""
+    _remove_orphans(run, seal.shard)
     if resolver is not None and not (positions := _sendable(run, seal, positions, resolver)):
         return None
     number = run.next_attempt(seal.shard)
@@ -77,7 +80,7 @@ def give_out(
     name = f"{FOLDER}/{seal.shard:05d}.{number}-{secrets.token_hex(4)}"
     source = run.requests_path(seal.shard).relative_to(run.path).as_posix()
     if len(positions) < seal.requests or resolver is not None:
-        source = f"{name}.input.jsonl"
+        source = f"{name}{INPUT}"
         _write_input(run, seal, rows, run.path / source, resolver)
     attempt = Attempt(
         number=number,
@@ -91,6 +94,19 @@ def give_out(
     job.attempts.append(attempt)
     run.write_job(job)
     return attempt
+
+
+def _remove_orphans(run: Run, shard: int) -> None:
+    """Remove inputs whose makers were killed before step 2: nobody has their URLs, and there may be signatures in
+    them."""
+    if not s3.is_s3(run.name):
+        return
+    known = {attempt.elsewhere.input for attempt in run.job(shard).attempts if attempt.elsewhere is not None}
+    start = f"{FOLDER}/{shard:05d}."
+    for found in s3.listed(f"{run.name}/{start}"):
+        name = start + found.name
+        if name.endswith(INPUT) and name not in known:
+            remove(run.path / name)
 
 
 def renew(run: Run, seal: Seal, number: int, until: dt.datetime, resolver: Resolver | None = None) -> Attempt:

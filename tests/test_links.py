@@ -775,6 +775,25 @@ def test_presign_signs_the_images_of_a_run_too(bucket: Bucket, linked: LinkedRun
     assert "X-Amz-Expires=604" in urls_of(web_get(again["input"]).splitlines()[0])[0], "its commands hold longer"
 
 
+def test_an_input_that_nobody_was_given_is_removed_by_the_next_presign(
+    bucket: Bucket, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = linked([bucket.put("a.png", png())], run=bucket.uri("runs/links"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_job", killed)
+        with pytest.raises(KeyboardInterrupt):
+            handouts.hand_out(run.name)
+    (orphan,) = bucket.names("runs/links/presigned/")
+    (entry,) = json.loads(call("presign", run.name, "--format", "json").stdout)
+    (there,) = bucket.names("runs/links/presigned/")
+    assert there != orphan
+    assert there in entry["input"]
+
+
 def test_presign_refuses_a_run_whose_images_are_files(bucket: Bucket, linked: LinkedRun, picture: Picture) -> None:
     run = linked([picture("a.png").name], run=bucket.uri("runs/files"))
     with pytest.raises(UsageError, match="names 1 images that are files, which machines elsewhere cannot open"):
