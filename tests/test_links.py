@@ -29,6 +29,7 @@ from batchkit.links import Links, path_of, split
 from batchkit.merging import merge
 from batchkit.parcels import Parcel
 from batchkit.preparation import plan, prepare
+from batchkit.progress import Silent
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver, Ways
 from batchkit.responses import Verdict
@@ -627,6 +628,18 @@ def test_presigned_objects_are_in_the_upload_alone(bucket: Bucket, linked: Linke
     (attempt,) = run.job(0).attempts
     assert attempt.remote is not None
     assert dt.datetime.fromisoformat(attempt.remote.signed_until or "") > dt.datetime.now(dt.UTC) + dt.timedelta(6)
+
+
+def test_a_bound_of_tokens_that_nobody_knows_is_told_of(bucket: Bucket, linked: LinkedRun, provider: Provider) -> None:
+    run = linked([bucket.put("a.png", png())], backend="openai")
+    said: list[str] = []
+
+    class Told(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    send_to_service(run, provider, presign=True, max_enqueued_tokens=1000, progress=Told())
+    assert "--max-enqueued-tokens counts nothing" in said[0]
 
 
 def temporary(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
