@@ -94,8 +94,8 @@ def submit_run(
     costs = Costs(run, target.prices)
     if settings.max_enqueued_tokens is not None and (settings.presign or ways.links_of(feed.chosen).web):
         progress.say(
-            "warning: --max-enqueued-tokens counts nothing of requests whose images go by their addresses: nobody knows "
-            "their tokens; --max-active bounds what is under way"
+            "warning: --max-enqueued-tokens counts nothing of requests whose images go by their addresses: nobody "
+            "knows their tokens; --max-active bounds what is under way"
         )
     refuse_too_dear(run, feed.chosen, costs, settings)
     resolving = ways.for_service(
