@@ -92,6 +92,11 @@ def submit_run(
         say=progress.say,
     )
     costs = Costs(run, target.prices)
+    if settings.max_enqueued_tokens is not None and (settings.presign or ways.links_of(feed.chosen).web):
+        progress.say(
+            "warning: --max-enqueued-tokens counts nothing of requests whose images go by their addresses: nobody "
+            "knows their tokens; --max-active bounds what is under way"
+        )
     refuse_too_dear(run, feed.chosen, costs, settings)
     resolving = ways.for_service(
         run,
@@ -102,10 +107,11 @@ def submit_run(
         window=target.window or (target.host.window if target.host is not None else None),
         presign=settings.presign,
     )
-    with resolving as resolver:
+    with contextlib.ExitStack() as stack:
+        resolver = stack.enter_context(resolving)
         packer = None
         if resolver is not None:
-            packer = Packer(run, resolver, service, cost=costs.of, most=target.limits.max_bytes)
+            packer = stack.enter_context(Packer(run, resolver, service, cost=costs.of, most=target.limits.max_bytes))
         return submit_batches(
             run,
             feed,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from batchkit import s3
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
 from batchkit.responses import ANSWERS, UnreadableLine, parse
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 BACKEND = "vllm"
 FOLDER = "presigned"
+INPUT = ".input.jsonl"
 SHOWN = 5
 GRACE_SECONDS = 300.0
 """After its URL has expired an upload that had begun goes on, and clocks differ."""
@@ -72,6 +74,7 @@ def give_out(
 ) -> Attempt | None:
     """Steps 1 and 2; `resolver` is there for a run with links. None where nothing can be given out. The shard's lease
     is held."""
+    _remove_orphans(run, seal.shard)
     if resolver is not None and not (positions := _sendable(run, seal, positions, resolver)):
         return None
     number = run.next_attempt(seal.shard)
@@ -80,7 +83,7 @@ def give_out(
     name = f"{FOLDER}/{seal.shard:05d}.{number}-{secrets.token_hex(4)}"
     source = run.requests_path(seal.shard).relative_to(run.path).as_posix()
     if len(positions) < seal.requests or resolver is not None:
-        source = f"{name}.input.jsonl"
+        source = f"{name}{INPUT}"
         _write_input(run, seal, rows, run.path / source, resolver)
     attempt = Attempt(
         number=number,
@@ -96,17 +99,31 @@ def give_out(
     return attempt
 
 
+def _remove_orphans(run: Run, shard: int) -> None:
+    """Remove inputs whose makers were killed before step 2: nobody has their URLs, and there may be signatures in
+    them."""
+    if not s3.is_s3(run.name):
+        return
+    known = {attempt.elsewhere.input for attempt in run.job(shard).attempts if attempt.elsewhere is not None}
+    start = f"{FOLDER}/{shard:05d}."
+    for found in s3.listed(f"{run.name}/{start}"):
+        name = start + found.name
+        if name.endswith(INPUT) and name not in known:
+            remove(run.path / name)
+
+
 def renew(run: Run, seal: Seal, number: int, until: dt.datetime, resolver: Resolver | None = None) -> Attempt:
     """The attempt goes on until then, with new URLs for the same files, and in them. The shard's lease is held."""
     job = run.job(seal.shard)
     attempt = next(attempt for attempt in job.attempts if attempt.number == number)
     if attempt.elsewhere is None:
         raise AssertionError("not an attempt elsewhere")
-    if _moment(attempt.elsewhere) < until:
-        attempt.elsewhere.expires = until.isoformat()
-        run.write_job(job)
+    if until <= _moment(attempt.elsewhere):  # what was given out before holds longer, and so do the URLs in its input
+        return attempt
     if resolver is not None:
         _write_input(run, seal, attempt.rows, run.path / attempt.elsewhere.input, resolver)
+    attempt.elsewhere.expires = until.isoformat()
+    run.write_job(job)
     return attempt
 
 
@@ -115,9 +132,15 @@ def open_in(run: Run, shard: int) -> list[Attempt]:
     return [attempt for attempt in run.job(shard).attempts if attempt.state == "elsewhere"]
 
 
-def requests_out(run: Run, shards: Iterable[int]) -> int:
+def requests_out(run: Run, seals: Iterable[Seal]) -> int:
     """How many requests are on machines elsewhere now."""
-    return sum(end - start for shard in shards for attempt in open_in(run, shard) for start, end in attempt.rows)
+    return sum(requests_in(seal, attempt) for seal in seals for attempt in open_in(run, seal.shard))
+
+
+def requests_in(seal: Seal, attempt: Attempt) -> int:
+    """How many requests an attempt took: rows without one may lie between them."""
+    asking = frozenset(seal.asking)
+    return sum(position in asking for start, end in attempt.rows for position in range(start, end))
 
 
 def _write_input(run: Run, seal: Seal, rows: Sequence[tuple[int, int]], path: Path, resolver: Resolver | None) -> None:
@@ -161,7 +184,7 @@ def gather(run: Run, seals: Mapping[int, Seal], *, close: bool = True) -> Gather
         if any(_has_news(run, attempt, close=close) for attempt in run.job(shard).attempts):
             try:
                 with run.lease(f"{shard:05d}"):
-                    _gather_shard(run, shard, gathered, close=close)
+                    _gather_shard(run, seals[shard], gathered, close=close)
             except RunBusyError as exc:
                 gathered.busy = exc
     return gathered
@@ -211,8 +234,8 @@ def _moment(place: Elsewhere) -> dt.datetime:
     return dt.datetime.fromisoformat(place.expires)
 
 
-def _gather_shard(run: Run, shard: int, gathered: Gathered, *, close: bool) -> None:
-    job = run.job(shard)  # read again: another process may have collected before we held the lease
+def _gather_shard(run: Run, seal: Seal, gathered: Gathered, *, close: bool) -> None:
+    job = run.job(seal.shard)  # read again: another process may have collected before we held the lease
     for attempt in job.attempts:
         place = attempt.elsewhere
         if place is None or not _has_news(run, attempt, close=close):
@@ -224,7 +247,7 @@ def _gather_shard(run: Run, shard: int, gathered: Gathered, *, close: bool) -> N
             gathered.expired += 1
             gathered.note(run, place.output, f"has not come, and its URLs expired at {place.expires}")
         else:
-            _collect(run, shard, attempt, run.fetch(output), gathered)
+            _collect(run, seal, attempt, run.fetch(output), gathered)
             place.version = version
             attempt.state, attempt.ended, attempt.message = "collected", now(), None
             _remove_input(run, place)
@@ -246,11 +269,11 @@ def _remove_input(run: Run, place: Elsewhere) -> None:
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _collect(run: Run, shard: int, attempt: Attempt, output: Path, gathered: Gathered) -> None:
+def _collect(run: Run, seal: Seal, attempt: Attempt, output: Path, gathered: Gathered) -> None:
     """Write the whole lines of the output as the attempt's responses. Where the same command has run before, an answer
     of that which this output lacks stays."""
-    target = run.responses_path(shard, attempt.number)
-    before = _judged(target) if any(path == target for _, path in run.responses_paths(shard)) else {}
+    target = run.responses_path(seal.shard, attempt.number)
+    before = _judged(target) if any(path == target for _, path in run.responses_paths(seal.shard)) else {}
     new = _judged(output)
     count = 0
     with write_whole(target, durable=True) as stream:
@@ -265,7 +288,7 @@ def _collect(run: Run, shard: int, attempt: Attempt, output: Path, gathered: Gat
     gathered.responses += count
     torn = _is_torn(output)
     gathered.torn += torn
-    asked = sum(end - start for start, end in attempt.rows)
+    asked = requests_in(seal, attempt)
     if torn or len(new) < asked:
         end = ", and ends in the middle of a line" if torn else ""
         name = output.relative_to(run.path).as_posix()

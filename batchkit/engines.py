@@ -21,8 +21,9 @@ from batchkit.feeds import Feed
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
-from batchkit.rounds import Group, Key, Pool, plan_room
+from batchkit.rounds import Group, Key, Pool, most_bytes, plan_room
 from batchkit.runs import Run, Seal
+from batchkit.sessions import Laid
 from batchkit.work import Leases, SpeedFile, Work
 
 POLL_SECONDS = 0.25
@@ -71,6 +72,7 @@ class Engines:
         self._active: dict[int, _Active] = {}
         self._excused = False
         self._lost = 0
+        self._most = float("inf")
 
     def go(self, pool: Pool) -> None:
         """Until nothing is left that can be done now. `pool` gets its requests from `take_fresh`."""
@@ -108,6 +110,7 @@ class Engines:
             replicas=self._runner.replicas,
             idle=self._runner.replicas - len(self._active),
         )
+        self._most = most_bytes(room)
         return self._work.take(room)
 
     def _fill(self) -> bool:
@@ -119,9 +122,11 @@ class Engines:
         group = self._pool.take()
         if group is None:
             return False
-        plan = sessions.lay_down(self._run, self._seals, group.keys, self._resolver)
-        if self._resolver is not None and (group := self._without_lost(group, plan)) is None:
+        most = self._most if group.is_divisible else float("inf")
+        laid = sessions.lay_down(self._run, self._seals, group.keys, self._resolver, most=most)
+        if self._resolver is not None and (group := self._what_is_sent(group, laid)) is None:
             return True
+        plan = laid.plan
         start = self._runner.start(self._run.engine_path(plan.session), slot)
         self._active[slot] = _Active(start=start, plan=plan, group=group)
         sessions.mark_running(self._run, plan)
@@ -129,11 +134,13 @@ class Engines:
         self._report.sent += len(group.keys)
         return True
 
-    def _without_lost(self, group: Group, plan: Plan) -> Group | None:
-        """What is sent of a group: not the requests whose images cannot be had. None where nothing is left."""
-        sent = {(part.shard, one) for part in plan.parts for start, end in part.rows for one in range(start, end)}
+    def _what_is_sent(self, group: Group, laid: Laid) -> Group | None:
+        """Of a group, not the requests whose images cannot be had, nor those for which there was no room: these go with
+        the next start. None where nothing is left."""
+        parts, lost = laid.plan.parts, laid.lost
+        sent = {(part.shard, one) for part in parts for start, end in part.rows for one in range(start, end)}
         keys = [key for key in group.keys if key in sent]
-        lost = len(group.keys) - len(keys)
+        self._pool.put_back(laid.rest)
         if lost:
             self._progress.say(f"{lost:,} requests are not sent: their images cannot be had")
             self._progress.update(lost)
@@ -142,7 +149,7 @@ class Engines:
             self._report.unanswered += lost
         if keys:
             return msgspec.structs.replace(group, keys=keys)
-        shutil.rmtree(self._run.engine_path(plan.session), ignore_errors=True)
+        shutil.rmtree(self._run.engine_path(laid.plan.session), ignore_errors=True)
         self._pool.report(group, rest=[], answers=0, died=False)
         self._leases.release_all_but(self._busy_shards())
         return None

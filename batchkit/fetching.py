@@ -40,6 +40,8 @@ MOST_LOST = 100
 """So many images in a row that could not be fetched, by faults that pass: the network is down, not the images."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+NOT_NOW = "image_connection"
+"""The code of what may be had another time: where a response has it, `submit` sends the request again."""
 _RETRY = "check the network, and run the same command again: it goes on where it stopped"
 
 
@@ -103,7 +105,7 @@ class Fetcher:
             if self._lost >= MOST_LOST:
                 why = f"{self._lost} images in a row could not be fetched, the last: {shown(uri)}: {exc}"
                 raise StorageError(why, hint=_RETRY) from exc
-            raise RowError("image", f"image cannot be fetched: {shown(uri)}: {exc}") from exc
+            raise RowError(NOT_NOW, f"image cannot be fetched: {shown(uri)}: {exc}") from exc
         except RowError:
             self._lost = 0
             raise

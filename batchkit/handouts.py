@@ -194,11 +194,10 @@ def _command(run: Run, seal: Seal, attempt: Attempt, signer: Signer, args: Seque
     if place is None:
         raise AssertionError("not an attempt elsewhere")
     source, target = signer.get(f"{run.name}/{place.input}"), signer.put(f"{run.name}/{place.output}")
-    asking = frozenset(seal.asking)
     return Command(
         shard=seal.shard,
         attempt=attempt.number,
-        requests=sum(position in asking for start, end in attempt.rows for position in range(start, end)),
+        requests=elsewhere.requests_in(seal, attempt),
         command=["python", "-m", MODULE, "-i", source, "-o", target, *args],
         input=source,
         output=target,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -23,7 +24,8 @@ from batchkit.storage import write_whole
 
 
 class Packed(msgspec.Struct, kw_only=True):
-    """`positions` are in the file, `rest` did not fit, and the requests of `faults` cannot be sent."""
+    """`positions` are in the file, `rest` did not fit, and the requests of `faults` cannot be sent. The URLs that the
+    file names hold `until` then; None where it names none."""
 
     shard: int
     positions: list[int]
@@ -31,10 +33,12 @@ class Packed(msgspec.Struct, kw_only=True):
     faults: dict[int, RowError] = {}
     size: int = 0
     cost: Cost = Cost()
+    until: str | None = None
 
 
 class Packer:
-    """`cost` gives what requests of these totals cost; `most` bounds a file, in bytes."""
+    """`cost` gives what requests of these totals cost; `most` bounds a file, in bytes. A context manager: what was
+    packed and not sent is removed at its end."""
 
     def __init__(
         self, run: Run, resolver: Resolver, service: Service, *, cost: Callable[[Totals], Cost], most: int
@@ -45,22 +49,28 @@ class Packer:
         self._cost = cost
         self._most = most
         self._last: Packed | None = None
+        self._size = most
 
-    @property
-    def until(self) -> str | None:
-        """Until when the URLs hold that the files name; None where they name none."""
-        return self._resolver.until
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._last is not None:
+            self.remove(self._last.shard)
 
     def holds(self, until: str | None) -> bool:
         """Whether URLs that hold until then hold as long as a batch may take that is created now."""
         return self._resolver.holds(until)
 
     def pack(self, parcel: Parcel) -> Packed:
-        """Write the file; the same parcel again is there already."""
+        """Write the file; the same parcel again is there already, unless its URLs became too old while it waited."""
         shard = parcel.seal.shard
         last = self._last
-        if last is None or (last.shard, last.positions) != (shard, parcel.positions):
+        if last is None or (last.shard, last.positions) != (shard, parcel.positions) or not self.holds(last.until):
+            if last is not None and last.shard != shard:
+                self.remove(last.shard)
             last = self._last = self._write(parcel)
+            self._size = last.size
         return msgspec.structs.replace(last, rest=[], faults={}) if last.positions == parcel.positions else last
 
     def file_of(self, shard: int, positions: list[int]) -> Path:
@@ -76,9 +86,8 @@ class Packer:
 
     def shrink(self) -> int:
         """The last file was too large: half of its size is the most from here on. Returns that."""
-        if self._last is not None:
-            self._most = max(1, self._last.size // 2)
-            self._last = None
+        self._most = self._size = max(1, min(self._most, self._size) // 2)
+        self._last = None
         return self._most
 
     def _path(self, shard: int) -> Path:
@@ -100,6 +109,7 @@ class Packer:
                 if packed.positions and packed.size + size > self._most:
                     packed.rest = [one for one in parcel.positions if one >= position]
                     break
+                packed.until = packed.until or self._resolver.until  # of the first, which holds the shortest time
                 packed.positions.append(position)
                 packed.size += size
                 totals.add(request_tokens(line, self._run.manifest.model))

@@ -21,6 +21,7 @@ import msgspec
 
 from batchkit import images, links, s3
 from batchkit.errors import RowError, StorageError
+from batchkit.fetching import NOT_NOW
 from batchkit.images import ImageOptions
 from batchkit.jobs import Attempt
 from batchkit.limits import Limits
@@ -145,7 +146,7 @@ class Resolver:
             yield from dict.fromkeys(one for one in pieces if isinstance(one, str) and s3.is_s3(one))
 
     def _fill(self, waiting: _Waiting) -> Resolved:
-        fetched = {uri: self._stock.read(ware) for uri, ware in waiting.wares.items()}
+        fetched = {uri: self._found(ware) for uri, ware in waiting.wares.items()}
         filled: list[bytes] = []
         try:
             for piece in waiting.pieces:
@@ -159,13 +160,19 @@ class Resolver:
             return Resolved(waiting.position, b"", RowError("size", why))
         return Resolved(waiting.position, line)
 
+    def _found(self, ware: Ware) -> bytes | RowError:
+        found = self._stock.read(ware)
+        return found if isinstance(found, bytes) else RowError(NOT_NOW if ware.passing else "image", found)
+
     def _advised(self, fault: RowError) -> RowError:
-        again = f"batchkit submit {shlex.quote(self._run.name)} --retry failed"
-        return RowError(fault.code, f"{fault.message}; when that is mended: {again}")
+        again = f"batchkit submit {shlex.quote(self._run.name)}"
+        if fault.code == NOT_NOW:
+            return RowError(fault.code, f"{fault.message}; once more: {again}")
+        return RowError(fault.code, f"{fault.message}; when that is mended: {again} --retry failed")
 
     # -- one image
 
-    def _address(self, uri: str, fetched: Mapping[str, bytes | str]) -> Sequence[bytes]:
+    def _address(self, uri: str, fetched: Mapping[str, bytes | RowError]) -> Sequence[bytes]:
         """What stands in the place of a link: a text of JSON, in pieces."""
         if uri.startswith("file://"):
             return self._of_file(uri)
@@ -174,8 +181,8 @@ class Resolver:
         if self._ways.presigner is not None:
             return (_encode(self._ways.presigner.get(uri)),)
         found = fetched[uri]
-        if isinstance(found, str):
-            raise RowError("image", found)
+        if isinstance(found, RowError):
+            raise found
         return data_url(images.convert(found, self._options, name=uri))
 
     def _of_file(self, uri: str) -> Sequence[bytes]:
@@ -240,7 +247,8 @@ def _is_below(path: Path, folder: str) -> bool:
 
 
 def fault_line(custom_id: str, fault: RowError) -> bytes:
-    """A response line for a request that was not sent: it has failed, until the user sends it again."""
+    """A response line for a request that was not sent: it has failed, until the user sends it again; or in passing,
+    where that is what its code says."""
     error = {"code": fault.code, "message": fault.message}
     return _encode({"id": None, "custom_id": custom_id, "response": None, "error": error}) + b"\n"
 

@@ -94,6 +94,11 @@ def fitting(room: Room, weight: Weight, taken: int, memory: float, size: float) 
     return max(fit, 0 if taken else 1)
 
 
+def most_bytes(room: Room) -> float:
+    """How large the input of a start may become, where its size is known only when it is written."""
+    return min(room.disk, room.memory / BYTES_PER_BYTE)
+
+
 class Group(msgspec.Struct, kw_only=True):
     """What one start takes. `waiting` is the other half of a group that died; `guilty`: where this half survives,
     what kills the engine is known to be in the other."""
@@ -101,6 +106,11 @@ class Group(msgspec.Struct, kw_only=True):
     keys: list[Key]
     waiting: list[Key] = []
     guilty: bool = False
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether less of it may be run first: what was cut to find a culprit stays as it is."""
+        return not (self.waiting or self.guilty)
 
 
 class Pool:
@@ -134,6 +144,10 @@ class Pool:
     def give_back(self, group: Group) -> None:
         """A group that was taken and not run."""
         self._trouble.appendleft(group)
+
+    def put_back(self, keys: Iterable[Key]) -> None:
+        """What a start had no room for; nothing is known against it."""
+        self._loose[:0] = keys
 
     def report(self, group: Group, *, rest: Sequence[Key], answers: int, died: bool, certain: bool = False) -> None:
         """What became of a group: the keys without a response, and how many real answers came.

@@ -16,6 +16,7 @@ from batchkit.batches import Service
 from batchkit.costs import spent_on
 from batchkit.errors import BatchkitError, RunBusyError, ServiceError
 from batchkit.feeds import Feed
+from batchkit.fetching import NOT_NOW
 from batchkit.handover import Cost, Settings
 from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
@@ -133,16 +134,17 @@ class Services:
     def _send(self) -> None:
         """Create batches while there is room for more."""
         while self._has_room() and (parcel := self._queue.first()) is not None:
+            until = None
             if self._packer is None:
                 estimate = self._estimate(parcel.seal, parcel.positions)
             elif (packed := self._pack(self._packer, parcel)) is None:
                 continue
             else:
-                estimate = packed.cost
+                estimate, until = packed.cost, packed.until
             if not self._has_tokens(estimate) or not self._can_pay(estimate):
                 return
             self._queue.remove_first(parcel)
-            self._start(parcel, estimate)
+            self._start(parcel, estimate, until)
 
     def _pack(self, packer: Packer, parcel: Parcel) -> Packed | None:
         """The file of a parcel; None where it holds not all of it: then what it holds is the next parcel."""
@@ -158,6 +160,7 @@ class Services:
             record(self._run, seal, packed.faults, backend=self._service.name)
             self._queue.mark_handled(seal.shard, list(packed.faults))
             self._report.responses += lost
+            self._report.passing += sum(fault.code == NOT_NOW for fault in packed.faults.values())
             self._progress.update(lost)
             self._progress.say(f"shard {seal.shard}: {lost:,} requests are not sent: their images cannot be had")
             self._release()
@@ -169,7 +172,7 @@ class Services:
             return False
         return tracked.attempt.state == "intended" or not self._packer.holds(tracked.remote.signed_until)
 
-    def _start(self, parcel: Parcel, estimate: Cost) -> None:
+    def _start(self, parcel: Parcel, estimate: Cost, until: str | None) -> None:
         remote = Remote(
             base_url=self._service.base_url,
             key_env=self._settings.key_env,
@@ -177,7 +180,7 @@ class Services:
             input_tokens=estimate.input_tokens,
             usd=estimate.usd,
             host=self._host,
-            signed_until=self._packer.until if self._packer is not None else None,
+            signed_until=until,
         )
         tracked = attempts.intend(self._run, parcel.seal, parcel.positions, remote, backend=self._service.name)
         self._spent += estimate.usd or 0.0

@@ -20,7 +20,7 @@ import datetime as dt
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Part, Plan
 from batchkit.errors import RowError, RunBusyError
 from batchkit.jobs import OVER, Attempt
-from batchkit.resolving import Resolver, record
+from batchkit.resolving import Resolved, Resolver, record
 from batchkit.rounds import Key
 from batchkit.runs import Run, Seal, now
 from batchkit.shardfiles import request_lines
@@ -49,14 +49,33 @@ class Recovered(msgspec.Struct, kw_only=True):
     responses: int = 0
 
 
+class Laid(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan whose input is there. Of what it was to take, so many are `lost`, recorded as failed; for `rest` there was
+    no room."""
+
+    plan: Plan
+    lost: int = 0
+    rest: list[Key] = []
+
+
 # -- before the engine -----------------------------------------------------------------------------------------------
 
 
-def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key], resolver: Resolver | None = None) -> Plan:
+def lay_down(
+    run: Run,
+    seals: Mapping[int, Seal],
+    keys: Sequence[Key],
+    resolver: Resolver | None = None,
+    *,
+    most: float = float("inf"),
+) -> Laid:
     """Steps 1 and 2: the plan, the input, the intent. The shards' leases are held.
 
-    `resolver` is there for a run with links: what it cannot resolve is recorded as failed, and not in the plan.
+    `resolver` is there for a run with links: what it cannot resolve is recorded as failed, and not in the plan, nor is
+    what would make the input larger than `most` bytes.
     """
+    lost: set[Key] = set()
+    rest: list[Key] = []
     session = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     plan = _plan(run, seals, session, keys)
     folder = run.engine_path(session)
@@ -68,9 +87,11 @@ def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key], resolver:
             for part in plan.parts:
                 for line in request_lines(run, seals[part.shard], part.rows):
                     stream.write(line)
-    elif faulty := _write_resolved(run, seals, plan, resolver):
-        plan = _plan(run, seals, session, [key for key in keys if key not in faulty])
-        _write_plan(folder, plan)
+    else:
+        lost, rest = _write_resolved(run, seals, plan, resolver, most)
+        if lost or rest:
+            plan = _plan(run, seals, session, [key for key in keys if key not in lost.union(rest)])
+            _write_plan(folder, plan)
     for part in plan.parts:
         job = run.job(part.shard)
         job.attempts.append(
@@ -79,7 +100,7 @@ def lay_down(run: Run, seals: Mapping[int, Seal], keys: Sequence[Key], resolver:
             )
         )
         run.write_job(job)
-    return plan
+    return Laid(plan=plan, lost=len(lost), rest=rest)
 
 
 def _plan(run: Run, seals: Mapping[int, Seal], session: str, keys: Sequence[Key]) -> Plan:
@@ -98,24 +119,48 @@ def _write_plan(folder: Path, plan: Plan) -> None:
         stream.write(msgspec.json.encode(plan))
 
 
-def _write_resolved(run: Run, seals: Mapping[int, Seal], plan: Plan, resolver: Resolver) -> set[Key]:
-    """Write the input with its links resolved. Returns what could not be, which is recorded."""
+def _write_resolved(
+    run: Run, seals: Mapping[int, Seal], plan: Plan, resolver: Resolver, most: float
+) -> tuple[set[Key], list[Key]]:
+    """Write the input with its links resolved. Returns what could not be, which is recorded, and what did not fit."""
     folder = run.engine_path(plan.session)
     faults: dict[int, dict[int, RowError]] = {part.shard: {} for part in plan.parts}
+    rest: list[Key] = []
+    size = 0
     try:
-        with write_whole(folder / vllm.INPUT) as stream:
-            for part in plan.parts:
-                for position, line, fault in resolver.lines(seals[part.shard], part.rows):
-                    if fault is None:
-                        stream.write(line + b"\n")
-                    else:
-                        faults[part.shard][position] = fault
+        with (
+            write_whole(folder / vllm.INPUT) as stream,
+            contextlib.closing(_resolved(seals, plan, resolver)) as requests,
+        ):
+            for shard, (position, line, fault) in requests:
+                if fault is not None:
+                    faults[shard][position] = fault
+                    continue
+                if size and size + len(line) + 1 > most:
+                    rest = [key for key in _keys(seals, plan) if key >= (shard, position)]
+                    break
+                size += stream.write(line + b"\n")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     for shard, of_shard in faults.items():
         record(run, seals[shard], of_shard, backend=BACKEND)
-    return {(shard, position) for shard, of_shard in faults.items() for position in of_shard}
+    return {(shard, position) for shard, of_shard in faults.items() for position in of_shard}, rest
+
+
+def _resolved(seals: Mapping[int, Seal], plan: Plan, resolver: Resolver) -> Generator[tuple[int, Resolved]]:
+    for part in plan.parts:
+        with contextlib.closing(resolver.lines(seals[part.shard], part.rows)) as lines:
+            for resolved in lines:
+                yield part.shard, resolved
+
+
+def _keys(seals: Mapping[int, Seal], plan: Plan) -> Iterator[Key]:
+    """The requests of a plan, in order."""
+    for part in plan.parts:
+        asking = frozenset(seals[part.shard].asking)
+        rows = (position for start, end in part.rows for position in range(start, end))
+        yield from ((part.shard, position) for position in rows if position in asking)
 
 
 def mark_running(run: Run, plan: Plan) -> None:

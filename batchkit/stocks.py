@@ -18,7 +18,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from batchkit.errors import RowError
-from batchkit.fetching import Fetcher
+from batchkit.fetching import NOT_NOW, Fetcher
 
 MOST_BYTES = 4 << 30
 """On the disk. At most half of what is free there."""
@@ -29,9 +29,10 @@ _SETTLING_SECONDS = 60.0
 
 class Ware:
     """One image, on its way (`future`) or here. `users` are the rows that wait for it; `size` in bytes, `fault` says
-    why it cannot be had. There are many: nothing else is kept of one that is here."""
+    why it cannot be had, and `passing` whether it may be another time. There are many: nothing else is kept of one that
+    is here."""
 
-    __slots__ = ("fault", "future", "number", "size", "users")
+    __slots__ = ("fault", "future", "number", "passing", "size", "users")
 
     def __init__(self, number: int, future: Future[int]) -> None:
         self.number = number
@@ -39,6 +40,7 @@ class Ware:
         self.users = 0
         self.size = 0
         self.fault: str | None = None
+        self.passing = False
 
     @property
     def is_ready(self) -> bool:
@@ -52,7 +54,7 @@ class Ware:
         try:
             self.size = self.future.result()
         except RowError as exc:
-            self.fault = exc.message
+            self.fault, self.passing = exc.message, exc.code == NOT_NOW
         self.future = None
 
 

@@ -129,7 +129,7 @@ def submit(
             with resolving as resolver, _runner(run, feed, replicas, engine_args, ray) as runner:
                 _tell_recovered(sessions.recover(run, feed.seals), progress)
                 report = _run_engines(run, feed, runner, progress, settings=common, resolver=resolver)
-    report.elsewhere = min(report.in_flight, elsewhere.requests_out(run, (seal.shard for seal in feed.chosen)))
+    report.elsewhere = min(report.in_flight, elsewhere.requests_out(run, feed.chosen))
     report.seconds = time.monotonic() - began
     return report
 

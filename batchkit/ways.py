@@ -155,6 +155,7 @@ def _refuse_unreachable(name: str, base_url: str) -> None:
 
 
 def _is_private(url: str) -> bool:
+    """Whether only machines nearby know the host: by a number that is not public, or by a name that no one else has."""
     from batchkit.addresses import PrivateAddressError, check_literal
 
     host = urlsplit(url).hostname or ""
@@ -162,7 +163,7 @@ def _is_private(url: str) -> bool:
         check_literal(host)
     except PrivateAddressError:
         return True
-    return host == "localhost"
+    return ("." not in host and ":" not in host) or host.endswith((".local", ".internal", ".localhost"))
 
 
 def _private_hosts(run: Run) -> bool:

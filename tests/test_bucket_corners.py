@@ -357,6 +357,12 @@ def test_wildcards_name_responses_in_a_bucket_and_no_task_file(bucket: Bucket, t
     assert "answered 6" in call(*everything, bucket.uri("out/**/part-?.jsonl")).stderr
     some = call(*everything, bucket.uri("out/part-[0-3].jsonl"))
     assert (some.exit_code, "answered 2" in some.stderr) == (3, True)
+    assert "answered 3" in call(*everything, bucket.uri("out/part-[[^0-9].jsonl")).stderr, "letters, and nothing more"
+    wrong = call(*everything, bucket.uri("out/part-[3-0].jsonl"))
+    assert (
+        wrong.exit_code,
+        f"Error: {bucket.uri('out/part-[3-0].jsonl')}: bad character range 3-0" in wrong.stderr,
+    ) == (2, True)
     none = call(*everything, bucket.uri("out/gone-*.jsonl"))
     assert f"Error: {bucket.uri('out/gone-*.jsonl')}: no such object" in none.stderr
     for pattern in (bucket.uri("in/*.jsonl"), str(tmp_path / "*.jsonl")):

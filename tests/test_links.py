@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,14 +19,19 @@ import msgspec
 import pytest
 from PIL import Image
 
-from batchkit import attempts, handouts, limits, outcomes, packing, pipeline, s3, ways
+from batchkit import attempts, engines, fetching, handouts, limits, mishaps, outcomes, packing, pipeline, s3, ways
 from batchkit.backends import vllm_install
 from batchkit.errors import StorageError, UsageError
 from batchkit.evaluation import evaluate
 from batchkit.feeds import Feed
+from batchkit.handover import Cost
 from batchkit.links import Links, path_of, split
 from batchkit.merging import merge
+from batchkit.parcels import Parcel
 from batchkit.preparation import plan, prepare
+from batchkit.progress import Silent
+from batchkit.reports import SubmitReport
+from batchkit.resolving import Resolver, Ways
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
@@ -358,6 +364,51 @@ def test_an_object_that_is_gone_fails_its_row_alone(bucket: Bucket, linked: Link
     assert messages(run)[4].startswith(f"not an image that can be read: {bucket.uri('text.png')} (it begins like HTML")
 
 
+def test_a_start_takes_no_more_than_there_is_room_for_with_the_images_in_it(
+    bucket: Bucket, linked: LinkedRun, tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [bucket.put(f"{n}.png", noise(tmp_path / f"{n}.png").read_bytes()) for n in range(12)]
+    run = linked(uris, max_requests=5)
+    s3.delete(uris[3])
+    monkeypatch.setattr(engines, "most_bytes", lambda room: 21_000)
+    report = submit(run)
+    assert (report.sent, report.responses, report.remaining, report.exit_code) == (11, 12, 0, 3)
+    assert verdicts(run) == {"answered": 11, "failed": 1}
+    assert [path.stat().st_size <= 21_000 for path in inputs.folder.iterdir()] == [True] * 4
+    asked = [json.loads(line)["custom_id"] for line in inputs.lines]
+    assert asked == [custom_id for custom_id in ids_of(run) if not custom_id.startswith("3-")]
+    assert submit(run).sent == 0
+
+
+@pytest.mark.parametrize("backend", ["vllm", "server", "openai"])
+def test_an_object_that_a_server_does_not_give_now_is_tried_again_by_the_next_submit(
+    backend: Any, request: pytest.FixtureRequest, bucket: Bucket, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    senders: dict[str, Callable[[], SubmitReport]] = {
+        "vllm": lambda: (request.getfixturevalue("fake"), submit(run))[1],
+        "server": lambda: submit(run, endpoints=[request.getfixturevalue("server").url]),
+        "openai": lambda: send_to_service(run, request.getfixturevalue("provider")),
+    }
+    send = senders[backend]
+    monkeypatch.setattr(fetching, "TRIES", 1)
+    run = linked([bucket.put("a.png", png()), bucket.put("b.png", png())], backend=backend)
+    asked = fetching.Fetcher._get_s3
+
+    def busy(self: fetching.Fetcher, uri: str) -> Any:
+        if uri.endswith("b.png"):
+            raise mishaps.PassingError("the server says 503 SlowDown")
+        return asked(self, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching.Fetcher, "_get_s3", busy)
+        assert send().exit_code != 0
+        assert verdicts(run) == {"answered": 1, "failed": 1}
+        assert messages(run)[1].endswith(f"b.png: the server says 503 SlowDown; once more: batchkit submit {run.name}")
+        send()
+    assert send().exit_code == 0
+    assert verdicts(run) == {"answered": 2}
+
+
 def test_a_bucket_that_is_not_there_stops_submit_and_fails_no_row(
     bucket: Bucket, linked: LinkedRun, fake: Fake
 ) -> None:
@@ -488,17 +539,48 @@ def test_a_pilot_of_links_is_a_pilot(tmp_path: Path, linked: LinkedRun, provider
     assert set(provider.paid.values()) == {1}
 
 
+@pytest.mark.parametrize("step", ["upload", "create"])
 def test_a_file_that_the_provider_finds_too_large_is_halved(
-    tmp_path: Path, linked: LinkedRun, provider: Provider
+    step: str, tmp_path: Path, linked: LinkedRun, provider: Provider
 ) -> None:
     from tests import fake_provider
 
     run = linked([noise(tmp_path / f"{n}.png").name for n in range(8)], backend="openai")
-    provider.faults["upload"].append(fake_provider.status(413, "too large"))
+    provider.faults[step] += [fake_provider.status(413, "too large")] * 2
     report = send_to_service(run, provider)
     assert report.exit_code == 0
     assert set(provider.paid.values()) == {1}
-    assert len([data for data in provider.files.values() if b"base64" in data]) >= 2
+    sizes = [len(data) for data in provider.files.values() if b"base64" in data]
+    assert len(sizes) == {"upload": 4, "create": 6}[step]
+    assert max(sizes[-4:]) <= len(b"".join(provider.files.values())) // 4
+
+
+def test_a_file_that_has_to_wait_is_gone_when_submit_ends(
+    tmp_path: Path, linked: LinkedRun, provider: Provider
+) -> None:
+    paths = [noise(tmp_path / f"{n}.png").name for n in range(8)]
+    run = linked(paths, backend="openai", model="gpt-4o-mini", max_requests=4)
+    assert send_to_service(run, provider, wait=False, max_enqueued_tokens=1).sent == 4
+    assert b"base64" not in everything(run.path)
+    assert send_to_service(run, provider, max_enqueued_tokens=1).exit_code == 0
+    assert set(provider.paid.values()) == {1}
+
+
+def test_a_file_whose_urls_became_too_old_while_it_waited_is_made_again(
+    picture: Picture, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = linked([picture("a.png").name], backend="openai")
+    (seal,) = run.seals()
+    parcel = Parcel(seal=seal, positions=[0], url="/v1/chat/completions", size=1)
+    resolver = Resolver(run, Ways(limits=limits.LIMITS["openai"]))
+    service: Any = SimpleNamespace(request=bytes)
+    with resolver, packing.Packer(run, resolver, service, cost=lambda _: Cost(), most=10**6) as packer:
+        first = packer.pack(parcel)
+        assert packer.pack(parcel).cost is first.cost, "it is there already"
+        monkeypatch.setattr(packing.Packer, "holds", lambda self, until: False)
+        assert packer.pack(parcel).cost is not first.cost
+        assert packer.file_of(0, [0]).exists()
+    assert not list((run.path / "uploads").iterdir())
 
 
 def test_an_attempt_that_was_only_intended_is_packed_anew(
@@ -546,6 +628,18 @@ def test_presigned_objects_are_in_the_upload_alone(bucket: Bucket, linked: Linke
     (attempt,) = run.job(0).attempts
     assert attempt.remote is not None
     assert dt.datetime.fromisoformat(attempt.remote.signed_until or "") > dt.datetime.now(dt.UTC) + dt.timedelta(6)
+
+
+def test_a_bound_of_tokens_that_nobody_knows_is_told_of(bucket: Bucket, linked: LinkedRun, provider: Provider) -> None:
+    run = linked([bucket.put("a.png", png())], backend="openai")
+    said: list[str] = []
+
+    class Told(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    send_to_service(run, provider, presign=True, max_enqueued_tokens=1000, progress=Told())
+    assert "--max-enqueued-tokens counts nothing" in said[0]
 
 
 def temporary(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
@@ -606,6 +700,8 @@ def test_a_provider_is_given_no_urls_of_the_own_network(
     monkeypatch.setattr(batch_submission_module(), "settle", lambda *_, **__: None)
     with pytest.raises(UsageError, match="--presign: openai cannot reach http:"):
         submit(run, presign=True, base_url="https://api.openai.com/v1")
+    near = ["http://minio:9000", "http://s3.internal", "http://127.0.0.1:9000"]
+    assert [url for url in (*near, "https://s3.example.com") if ways._is_private(url)] == near
 
 
 def batch_submission_module() -> Any:
@@ -687,6 +783,28 @@ def test_presign_signs_the_images_of_a_run_too(bucket: Bucket, linked: LinkedRun
     (again,) = json.loads(call("presign", run.name, "--format", "json", "--again", "--expires", "7d").stdout)
     assert urlsplit(again["input"]).path == urlsplit(entry["input"]).path
     assert "X-Amz-Expires=604" in urls_of(web_get(again["input"]).splitlines()[0])[0]
+    (shorter,) = json.loads(call("presign", run.name, "--format", "json", "--again", "--expires", "1h").stdout)
+    assert shorter["input"] != again["input"]
+    assert "X-Amz-Expires=604" in urls_of(web_get(again["input"]).splitlines()[0])[0], "its commands hold longer"
+
+
+def test_an_input_that_nobody_was_given_is_removed_by_the_next_presign(
+    bucket: Bucket, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = linked([bucket.put("a.png", png())], run=bucket.uri("runs/links"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_job", killed)
+        with pytest.raises(KeyboardInterrupt):
+            handouts.hand_out(run.name)
+    (orphan,) = bucket.names("runs/links/presigned/")
+    (entry,) = json.loads(call("presign", run.name, "--format", "json").stdout)
+    (there,) = bucket.names("runs/links/presigned/")
+    assert there != orphan
+    assert there in entry["input"]
 
 
 def test_presign_refuses_a_run_whose_images_are_files(bucket: Bucket, linked: LinkedRun, picture: Picture) -> None:

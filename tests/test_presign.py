@@ -148,12 +148,18 @@ def test_a_machine_without_credentials_answers_all_and_merge_finds_it(
 def test_rows_that_share_a_request_are_answered_from_elsewhere_by_one(
     bucket: Bucket, machine: Machine, tmp_path: Path
 ) -> None:
-    tasks = bucket.put("in/tasks.jsonl", b"".join(b'{"id":%d,"question":"%d?"}\n' % (n, n % 3) for n in range(20)))
+    tasks = bucket.put(
+        "in/tasks.jsonl", b"".join(b'{"id":%d,"question":"%d?"}\n' % (n, n % 10 // 4) for n in range(20))
+    )
     prepare(tasks, bucket.uri("runs/one"), model="org/m", max_requests=10, workers=1, dedupe=True)
     run = Run.open(bucket.uri("runs/one"))
     script = presign(run, tmp_path)
     assert reporting.status(run.name).batches[0].requests == 3
+    assert elsewhere.requests_out(Run.open(run.name), run.seals()) == 6
     assert machine.run(script).returncode == 0
+    merged = call("merge", run.name)
+    assert "collected 6 responses of 2 machines elsewhere" in merged.stderr
+    assert "responses; batchkit presign" not in merged.stderr, "no output lacks any"
     assert verdicts(run) == {"answered": 20}
     assert len(machine.asked) == len(set(machine.asked)) == 6
     assert call("presign", run.name).stderr.startswith("nothing is due")
