@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 
 from batchkit.errors import InputError, StorageError
+from batchkit.reserving import ReservingFile
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 20
@@ -253,7 +254,7 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     target = Path(path)
     aside = aside_of(target)
     try:
-        with open(aside, "wb", buffering=BUFFER_BYTES) as stream:
+        with io.BufferedWriter(ReservingFile(aside), BUFFER_BYTES) as stream:
             yield stream
             stream.flush()
             if durable:
