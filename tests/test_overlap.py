@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batchkit import batch_submission, client, engines, feeds, live_submission, pipeline, shardfiles
+from batchkit import batch_submission, client, engines, feeds, live_submission, pipeline, s3, shardfiles
 from batchkit.client import Pacing
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import EngineError, InputError, RunError, UsageError
@@ -28,7 +28,7 @@ from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
 from batchkit.tasks import Row
-from tests import fake_provider, fake_server
+from tests import fake_provider, fake_server, s3_servers
 from tests.fake_provider import Provider
 from tests.fake_server import Server
 from tests.test_submission import Fake, install_fake, wait_for
@@ -346,7 +346,9 @@ def test_the_slurm_script_of_the_docs_sends_each_job_a_part(tmp_path: Path, serv
     assert set(server.asked.values()) == {1}
 
 
-def test_the_workflow_of_the_docs_keeps_the_run_from_step_to_step(tmp_path: Path, provider: Provider) -> None:
+def test_the_workflow_of_the_docs_keeps_the_run_from_step_to_step(
+    tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, 20)
     workflow = re.search(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
     assert workflow is not None
@@ -357,9 +359,17 @@ def test_the_workflow_of_the_docs_keeps_the_run_from_step_to_step(tmp_path: Path
     shim.chmod(0o755)
     provider.polls = 1
     keys = {"OPENAI_API_KEY": provider.key, "OPENAI_BASE_URL": f"{provider.url}/v1"}
-    environment = {**os.environ, **keys, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for _ in range(3):  # as GitHub runs it: bash -e
-        subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert set(provider.paid.values()) == {1}
-    assert len(answers(tmp_path / "my-run")) == 20
-    assert {verdict for _, _, verdict in answers(tmp_path / "my-run")} == {"answered"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    with s3_servers.moto(tmp_path / "moto") as url:
+        for name, value in s3_servers.environment(url, tmp_path / "here").items():
+            monkeypatch.setenv(name, value)
+        s3.client().create_bucket(Bucket="my-bucket")
+        for number in range(3):  # as GitHub runs it: bash -e, each time on another machine
+            machine = {"BATCHKIT_WORK_DIR": str(tmp_path / f"machine-{number}")}
+            environment = {**os.environ, **keys, **machine, "PYTHONPATH": str(ROOT), "PATH": path}
+            subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert set(provider.paid.values()) == {1}
+        results = s3.client().get_object(Bucket="my-bucket", Key="runs/my-run/results.jsonl")["Body"].read()
+    rows = [json.loads(line) for line in results.splitlines()]
+    assert len(rows) == 20
+    assert {row["batchkit"]["verdict"] for row in rows} == {"answered"}

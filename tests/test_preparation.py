@@ -466,14 +466,15 @@ def test_killed_again_and_again_it_ends_with_the_same_files(
 def test_workers_do_not_outlive_a_killed_parent(write_tasks: WriteTasks, picture: Picture, tmp_path: Path) -> None:
     import psutil
 
-    picture("1.png", size=(1500, 1500))
-    tasks = write_tasks([{"image": "1.png", "question": str(n)} for n in range(2000)])
+    for number in range(80):  # different ones: each is made smaller once
+        picture(f"{number}.png", size=(1500, 1500 + number))
+    tasks = write_tasks([{"image": f"{n % 80}.png", "question": str(n)} for n in range(2000)])
     with subprocess.Popen(
         [sys.executable, "-c", PREPARE, str(tasks), str(tmp_path / "run")], stderr=subprocess.DEVNULL
     ) as process:
         children: list[psutil.Process] = []
         deadline = time.monotonic() + 30
-        while len(children) < 2 and time.monotonic() < deadline:
+        while not children and time.monotonic() < deadline:
             children = psutil.Process(process.pid).children(recursive=True)
             time.sleep(0.05)
         process.kill()
