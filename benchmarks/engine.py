@@ -125,11 +125,11 @@ def beside(trial: Trial) -> Table:
 
 
 def main() -> None:
-    arguments = parser(__doc__, rounds=2)
-    arguments.add_argument("--requests", type=int, help="[default: 2000]")
+    arguments = parser(__doc__, rounds=1)
+    arguments.add_argument("--requests", type=int, help="[default: 1000]")
     arguments.add_argument("--parts", help=f"of {','.join(PARTS)} [default: all]")
     given = arguments.parse_args()
-    requests = given.requests or (60 if given.quick else 2_000)
+    requests = given.requests or (60 if given.quick else 1_000)
     rounds = min(given.rounds, 1) if given.quick else given.rounds
     parts = given.parts.split(",") if given.parts else ["beside", "kill"] if given.quick else PARTS
     report = Report(

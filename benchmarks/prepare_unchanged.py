@@ -99,9 +99,9 @@ def contenders(setting: Setting) -> list[Contender]:
 
 def main() -> None:
     arguments = parser(__doc__, rounds=3)
-    arguments.add_argument("--images", type=int, help="[default: 24000]")
+    arguments.add_argument("--images", type=int, help="[default: 16000]")
     given = arguments.parse_args()
-    count = given.images or (100 if given.quick else 24_000)
+    count = given.images or (100 if given.quick else 16_000)
     rounds = min(given.rounds, 1) if given.quick else given.rounds
     with workplace(given.folder) as folder:
         say(f"prepare, images unchanged: making {count:,} images")
