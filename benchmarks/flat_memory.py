@@ -5,7 +5,7 @@ and every result is compared with what it must be. The same rows are prepared as
 dataset, the last two with the bytes of the pictures; the requests must be the same. Prints a table of seconds, rows per
 second and peak memory (the largest process, and the sum of all of them).
 
-    python benchmarks/flat_memory.py --rows 10000,200000
+    python benchmarks/flat_memory.py --rows 10000,100000
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ COMMAND = [sys.executable, "-m", "batchkit"]
 
 def main() -> None:
     arguments = parser(__doc__, rounds=1)
-    arguments.add_argument("--rows", help="sizes, separated by commas [default: 10000,200000]")
+    arguments.add_argument("--rows", help="sizes, separated by commas [default: 10000,100000]")
     given = arguments.parse_args()
-    sizes = given.rows or ("1000,5000" if given.quick else "10000,200000")
+    sizes = given.rows or ("1000,5000" if given.quick else "10000,100000")
     rows, raw = [], {}
     for size in map(int, sizes.split(",")):
         with workplace(given.folder) as folder:

@@ -70,7 +70,9 @@ def main() -> None:
     if unknown := set(names) - set(ALL):
         parser.error(f"--only {min(unknown)}: is none of {', '.join(ALL)}")
     given.results.mkdir(parents=True, exist_ok=True)
-    about, reports, failed = machine(), [], {}
+    about, page = machine(), ""
+    reports: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     with workplace(given.folder) as folder:
         for name in names:
             say(f"== {name}")
@@ -80,13 +82,14 @@ def main() -> None:
             except (subprocess.CalledProcessError, OSError, KeyError) as exc:
                 failed[name] = str(exc)
             say(f"== {name}: {'failed' if name in failed else 'done'} after {time.monotonic() - began:.0f} s")
-        for plot in folder.glob(PLOTS):
-            (given.results / plot.name).write_bytes(plot.read_bytes())
-    whole = {"machine": about, "quick": given.quick, "failed": failed, "reports": reports}
-    page = markdown(reports, about, failed)
-    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-    (given.results / "results.json").write_text(text, encoding="utf-8")
-    (given.results / "results.md").write_text(page, encoding="utf-8")
+            for plot in folder.glob(PLOTS):
+                (given.results / plot.name).write_bytes(plot.read_bytes())
+            # Each time: what was measured stays when somebody ends it.
+            whole = {"machine": about, "quick": given.quick, "failed": failed, "reports": reports}
+            page = markdown(reports, about, failed)
+            text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+            (given.results / "results.json").write_text(text, encoding="utf-8")
+            (given.results / "results.md").write_text(page, encoding="utf-8")
     print(page)
     sys.exit(1 if failed else 0)
 
