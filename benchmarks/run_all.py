@@ -23,7 +23,7 @@ from report import Goal, Report, Table, machine, markdown
 HERE = Path(__file__).resolve().parent
 ALL = (
     *("prepare_unchanged", "prepare_smaller", "merge", "startup"),
-    *("flat_memory", "live_client", "remote_images", "engine"),
+    *("engine", "live_client", "remote_images", "flat_memory"),
 )
 PLOTS = "*.svg"
 
