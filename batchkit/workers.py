@@ -68,8 +68,9 @@ def convert_all(rows: Iterable[Row], make: Callable[[], Converter], hands: Hands
     began = time.monotonic()
     for number, row in enumerate(rows, 1):
         yield row, converter(row)
-        if count > 1 and (number >= ALONE_ROWS if hands.workers else time.monotonic() - began > ALONE_SECONDS):
-            yield from _Crew(rows, make, converter, count - 1).converted()
+        seconds = time.monotonic() - began
+        if count > 1 and (seconds > ALONE_SECONDS or (hands.workers and number >= ALONE_ROWS)):
+            yield from _Crew(rows, make, converter, count - 1, pace=seconds / number).converted()
             return
 
 
@@ -89,10 +90,11 @@ class _Block(NamedTuple):
 
 
 class _Crew:
-    """Worker processes, and this one, which converts rows too where it would only wait for theirs."""
+    """Worker processes, and this one, which converts rows too where it would only wait for theirs. `pace` is how many
+    seconds a row has taken so far."""
 
     def __init__(
-        self, rows: Iterator[Row], make: Callable[[], Converter], converter: Converter, processes: int
+        self, rows: Iterator[Row], make: Callable[[], Converter], converter: Converter, processes: int, *, pace: float
     ) -> None:
         self._rows = rows
         self._make = make
@@ -102,7 +104,7 @@ class _Crew:
         self._handed_over = 0
         self._own = 0
         self._size = 0
-        self._block_rows = BLOCK_ROWS
+        self._block_rows = max(1, min(BLOCK_ROWS, int(BLOCK_SECONDS / max(pace, 1e-6))))
 
     def converted(self) -> Generator[tuple[Row, Converted]]:
         with Arena(AHEAD * self._processes) as arena:
