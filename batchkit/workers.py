@@ -41,8 +41,8 @@ OWN_AHEAD = 2
 """Blocks of its own that the parent keeps until their turn comes."""
 
 ALONE_ROWS, ALONE_SECONDS = 64, 0.25
-"""Fewer rows, or less work, are not worth other processes: how far it goes without, with a number of them given or not.
-To start one takes about as long."""
+"""Less work is not worth other processes: to start one takes about as long. Where their number is given, so many rows are
+enough, too."""
 
 _converter: Converter | None = None
 _corner = Corner(None)
