@@ -41,8 +41,8 @@ OWN_AHEAD = 2
 """Blocks of its own that the parent keeps until their turn comes."""
 
 ALONE_ROWS, ALONE_SECONDS = 64, 0.25
-"""Less work is not worth other processes: to start one takes about as long. Where their number is given, so many rows are
-enough, too."""
+"""Less work is not worth other processes: to start one takes about as long. Where their number is given, so many rows
+are enough, too."""
 
 _converter: Converter | None = None
 _corner = Corner(None)
