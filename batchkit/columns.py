@@ -37,7 +37,7 @@ def told(uri: str, kind: str) -> Iterator[None]:
         yield
     except FileNotFoundError as exc:
         raise InputError(f"{storage.shown(uri)}: no such file", hint="check the path") from exc
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:  # the last where a column's name is broken
         raise InputError(
             f"{storage.shown(uri)}: cannot be read as {kind}: {exc}", hint="check that the file is whole"
         ) from exc
