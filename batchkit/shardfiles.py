@@ -10,16 +10,17 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import xxhash
 
 from batchkit import twins
+from batchkit.direct import LargeFile
 from batchkit.errors import RunError, StorageError
 from batchkit.links import Links
 from batchkit.measures import Totals
 from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
-from batchkit.storage import open_read, remove, shown, write_whole
+from batchkit.storage import open_read, remove, shown, write_large, write_whole
 from batchkit.takeovers import Answer, Taken, standing, take_over
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, whole
 
@@ -133,8 +134,11 @@ class ShardWriter:
         self._draft = ShardDraft(shard)
         self._taken: list[Taken] = []
         self._stack = contextlib.ExitStack()
-        paths = (run.rows_path(shard), run.ids_path(shard), run.requests_path(shard))
-        self._streams = [self._stack.enter_context(write_whole(path)) for path in paths]
+        few = [self._stack.enter_context(write_whole(path)) for path in (run.rows_path(shard), run.ids_path(shard))]
+        self._streams: list[IO[bytes] | LargeFile] = [
+            *few,
+            self._stack.enter_context(write_large(run.requests_path(shard))),
+        ]
 
     def add(self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None) -> None:
         if answer is not None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 
+from batchkit.direct import LargeFile
 from batchkit.errors import InputError, StorageError
 from batchkit.reserving import ReservingFile
 
@@ -251,14 +252,27 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     With `durable` the bytes and the rename are on the disk when this returns (fsync of file and folder). Where the
     folder is the local side of a bucket, it is in the bucket when this returns.
     """
-    target = Path(path)
-    aside = aside_of(target)
-    try:
+    with _placing(Path(path), durable=durable) as aside:  # noqa: SIM117  # it names what the other opens
         with io.BufferedWriter(ReservingFile(aside), BUFFER_BYTES) as stream:
             yield stream
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def write_large(path: str | Path) -> Iterator[LargeFile]:
+    """Like `write_whole`, for a file of many megabytes that nobody here reads soon."""
+    with _placing(Path(path)) as aside, LargeFile(aside) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def _placing(target: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A name to write under, which the block closes; `target` is its name from there on."""
+    aside = aside_of(target)
+    try:
+        yield aside
         follower = follower_of(target)
         if follower is not None:
             follower.place(aside, target)

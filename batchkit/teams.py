@@ -10,15 +10,19 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from batchkit import direct
+
 AHEAD = 2
 """Tasks under way for each worker: so much lies on the disk, or in memory, before its turn comes."""
 MOST = 16
+ENDING_TRIES = 5
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,7 +36,14 @@ def cores() -> int:
 def can_fork() -> bool:
     """Whether workers begin at once. Threads are counted by the kernel: libraries have some that Python knows not."""
     tasks = Path("/proc/self/task")
-    return sys.platform == "linux" and tasks.is_dir() and len(list(tasks.iterdir())) == 1
+    if sys.platform != "linux" or not tasks.is_dir():
+        return False
+    direct.settle()
+    for _ in range(ENDING_TRIES):  # the kernel may still have a thread that Python has joined
+        if len(list(tasks.iterdir())) == 1:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def in_order(tasks: Iterable[T], work: Callable[[T], R], workers: int) -> Generator[tuple[T, R]]:
