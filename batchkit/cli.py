@@ -5,6 +5,7 @@ Results go to stdout or files, all else to stderr. Only click is imported here: 
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from typing import Any
@@ -93,6 +94,7 @@ def prepare_command(tasks: str, run: str, *, plan_only: bool, strict: bool, **op
     from batchkit import preparation
     from batchkit.progress import Console
 
+    gc.freeze()  # what is imported stays: to look through it again and again takes a twentieth of the time
     hands = {name: options.pop(name) for name in ("workers", "ray")}
     with Console("prepare") as progress:
         keywords = _prepare_keywords(options)

@@ -58,7 +58,11 @@ class Converter:
         self._root_is_remote = references.is_remote(image_root)
         self._batch_format = batch_format
         self._links = options.images == "link"
+        self._most_bytes = options.shard_bytes
+        self._compares = bool(options.reuse or options.dedupe)
+        self._estimates = options.backend not in OWN
         self._takes_images = options.endpoint.takes("image_field", options.backend)
+        self._takes_documents = options.endpoint.takes("documents_field", options.backend)
         self._prompts = PromptMaker(options.prompt_template, placeholders=options.placeholders)
         self._fields = Fields(
             images=options.image_field,
@@ -101,20 +105,20 @@ class Converter:
     def __call__(self, row: Row) -> Converted:
         try:
             done = self._kept(row) if self._batch_format else self._made(row)
-            if not isinstance(done.request, bytes):
+            request = done.request
+            if not isinstance(request, bytes):
                 return done
             if self._checks_each:
-                gemini_requests.check(tasks.parse_object(done.request)["body"])
-            request, size = done.request, len(done.request)
-            if size > self._options.shard_bytes:
-                raise RowError("size", f"the request has {size:,} bytes, a shard at most {self._options.shard_bytes:,}")
+                gemini_requests.check(tasks.parse_object(request)["body"])
+            if len(request) > self._most_bytes:
+                raise RowError("size", f"the request has {len(request):,} bytes, a shard at most {self._most_bytes:,}")
         except RowError as exc:
             # Not under the custom_id that a row in batch format brings: another row may have the same.
             custom_id = tasks.make_custom_id(row.position, tasks.whole(row))
             return Converted(custom_id, None, exc.code, exc.message, names=_names(row.raw))
-        if self._options.reuse or self._options.dedupe:
+        if self._compares:
             done = done._replace(fingerprint=fingerprint(request))
-        if self._options.backend not in OWN:
+        if self._estimates:
             return done._replace(tokens=request_tokens(request, self._options.model))
         return done
 
@@ -123,7 +127,7 @@ class Converter:
         names = OUR_NAMES_SET & task.fields.keys()
         try:
             content = self._content(task, row.fetched or {})
-            documents = self._documents(task)
+            documents = self._documents(task) if self._takes_documents else None
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
         request = self._maker.line(task.custom_id, content, documents)
@@ -144,8 +148,6 @@ class Converter:
             return []
 
     def _documents(self, task: Task) -> Documents:
-        if not self._options.endpoint.takes("documents_field", self._options.backend):
-            return None
         return tasks.documents_of(task.fields, self._options.documents_field or DOCUMENTS_FIELD)
 
     def remote_images(self, row: Row) -> list[str]:

@@ -1,5 +1,5 @@
-"""Large files, written past the page cache: where this machine would keep a copy that nobody reads, it need not find the
-memory for it, which takes longer than the writing. A thread writes one buffer while the next is filled.
+"""Large files, written past the page cache: a copy that nobody here reads takes longer to find memory for than to
+write. A thread writes while the next buffer is filled.
 
 Through the page cache after all: where the file system knows no other way, what is too short for a block, and where the
 disk is slow, for then the cache takes in more than the disk can.
@@ -13,15 +13,17 @@ import fcntl
 import io
 import mmap
 import os
+import queue
 import threading
 import time
-import weakref
+from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
-BUFFER_BYTES = 2 << 20
-"""Of these there are two. Where they lie in memory and in the file, and how long they are, is a multiple of any disk's
-logical blocks, as open(2) asks of direct writes."""
+BUFFER_BYTES = 1 << 20
+BUFFERS = 4
+"""Where they lie in memory and in the file, and how long they are, is a multiple of any disk's logical blocks, as
+open(2) asks of direct writes."""
 
 PROBE_BYTES = 64 << 20
 SLOW = 300e6
@@ -43,11 +45,10 @@ class _Disk:
 
 
 _disk = _Disk()
-_open: weakref.WeakSet[LargeFile] = weakref.WeakSet()
 
 
 class LargeFile(io.BufferedIOBase):
-    """A new file, written from its beginning to its end. What a write could not write, a later one raises, or the end.
+    """A new file, written from its beginning to its end. What could not be written, a later call raises.
 
     At the end of a `with` block that an exception leaves, what is in the buffers is thrown away.
     """
@@ -55,13 +56,14 @@ class LargeFile(io.BufferedIOBase):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._process = os.getpid()
-        self._is_direct = False
-        self._buffer, self._other = memoryview(mmap.mmap(-1, BUFFER_BYTES)), memoryview(mmap.mmap(-1, BUFFER_BYTES))
+        self._past_cache = self._is_direct = False
+        """What was asked for, and what the file system does."""
+        self._free = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(BUFFERS)]
+        self._under_way: deque[_Writing] = deque()
+        self._buffer = self._free.pop()
         self._filled = 0
         self._offset = 0
         """Where in the file the buffer begins."""
-        self._writing: _Writing | None = None
-        _open.add(self)
 
     def write(self, data: Any, /) -> int:
         size, end = len(data), self._filled + len(data)
@@ -80,42 +82,39 @@ class LargeFile(io.BufferedIOBase):
         return size
 
     def _hand_over(self) -> None:
-        """Have the full buffer written while the other is filled."""
-        self._finish_writing()
-        self._be_direct(not _disk.is_slow)
-        self._writing = _Writing(self._file, self._buffer, self._offset, direct=self._is_direct)
-        self._writing.start()
+        """Have the full buffer written while another is filled."""
+        if self._past_cache == _disk.is_slow:
+            self._finish()
+            self._past_cache = not _disk.is_slow
+            self._is_direct = _set_direct(self._file, self._past_cache)
+        writing = _Writing(self._file, self._buffer, self._offset, direct=self._is_direct)
+        _thread.take(writing)
+        self._under_way.append(writing)
         self._offset += self._filled
         self._filled = 0
-        self._buffer, self._other = self._other, self._buffer
+        if not self._free:
+            self._finish_first()
+        self._buffer = self._free.pop()
 
-    def _finish_writing(self) -> None:
-        writing = self._writing
-        if writing is not None:
-            writing.join()  # Ctrl-C may end this: the thread is waited for again before the file is closed
-            self._writing = None
-            self._is_direct = writing.direct
-            if writing.error is not None:
-                raise writing.error
+    def _finish(self) -> None:
+        while self._under_way:
+            self._finish_first()
 
-    def _be_direct(self, wanted: bool) -> None:
-        if wanted != self._is_direct and _DIRECT:
-            flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~_DIRECT
-            with contextlib.suppress(OSError):  # EINVAL: the file system has no such writes
-                fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT if wanted else flags)
-                self._is_direct = wanted
-
-    def settle(self) -> None:
-        """Wait until no thread writes; what it could not write is raised later."""
-        if self._writing is not None:
-            self._writing.join()
+    def _finish_first(self) -> None:
+        writing = self._under_way[0]
+        writing.wait()  # Ctrl-C may end this: whoever closes the file waits again
+        self._under_way.popleft()
+        self._free.append(writing.buffer)
+        if writing.error is not None:
+            raise writing.error
 
     def flush(self) -> None:
         """Have everything in the file, as far as the system is concerned. More may be written behind it."""
         if self.closed or os.getpid() != self._process:  # a forked process has the buffers of its parent
             return
-        self._finish_writing()
-        self._be_direct(False)
+        self._finish()
+        if self._is_direct:
+            self._past_cache = self._is_direct = _set_direct(self._file, False)
         _write_at(self._file, self._buffer[: self._filled], self._offset)
 
     def fileno(self) -> int:
@@ -125,21 +124,17 @@ class LargeFile(io.BufferedIOBase):
         return True
 
     def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            super().close()  # which flushes
-        finally:
-            self._abandon()
+        if not self.closed:
+            try:
+                super().close()  # which flushes
+            finally:
+                self._release()
 
-    def _abandon(self) -> None:
-        if self._process == os.getpid():
-            self.settle()
-        self._filled = 0
-        self._writing = None
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+    def _release(self) -> None:
+        if os.getpid() == self._process:
+            for writing in self._under_way:
+                writing.wait()
+        os.close(self._file)
 
     def __enter__(self) -> Self:
         return self
@@ -150,38 +145,56 @@ class LargeFile(io.BufferedIOBase):
         if kind is not None:
             self._filled = 0
             with contextlib.suppress(OSError):
-                self._finish_writing()
+                self._finish()
         self.close()
 
 
-class _Writing(threading.Thread):
-    """The writing of one buffer. Afterwards `direct` says whether it was, `error` what went wrong."""
+class _Writing:
+    """The writing of one buffer; `error` is what went wrong."""
 
     def __init__(self, file: int, buffer: memoryview, offset: int, *, direct: bool) -> None:
-        super().__init__(name="batchkit-writing")
-        self.direct = direct
+        self.buffer = buffer
         self.error: OSError | None = None
         self._file = file
-        self._buffer = buffer
         self._offset = offset
+        self._direct = direct
+        self._done = threading.Event()
 
-    def run(self) -> None:
+    def wait(self) -> None:
+        self._done.wait()
+
+    def do(self) -> None:
         began = time.monotonic()
         try:
-            try:
-                _write_at(self._file, self._buffer, self._offset)
-            except OSError as exc:
-                if not self.direct or exc.errno != errno.EINVAL:
-                    raise
-                # Some file systems let themselves be asked, and refuse then.
-                fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~_DIRECT)
-                self.direct = False
-                _write_at(self._file, self._buffer, self._offset)
+            self._write()
         except OSError as exc:
             self.error = exc
-        if self.direct:
-            _disk.bytes += len(self._buffer)
+        if self._direct:
+            _disk.bytes += len(self.buffer)
             _disk.seconds += time.monotonic() - began
+        self._done.set()
+
+    def _write(self) -> None:
+        try:
+            _write_at(self._file, self.buffer, self._offset)
+        except OSError as exc:
+            if not self._direct or exc.errno != errno.EINVAL:
+                raise
+            # Some file systems let themselves be asked, and refuse then.
+            self._direct = _set_direct(self._file, False)
+            _write_at(self._file, self.buffer, self._offset)
+
+
+def _set_direct(file: int, wanted: bool) -> bool:
+    """Whether the file is written directly now."""
+    if not _DIRECT:
+        return False
+    flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | _DIRECT if wanted else flags)
+    except OSError:  # EINVAL: the file system has no such writes
+        return False
+    return wanted
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:
@@ -190,7 +203,35 @@ def _write_at(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def settle() -> None:
-    """Wait until no thread of this module is at work: a process without threads can be forked."""
-    for file in list(_open):
-        file.settle()
+class _Thread:
+    """The thread that writes. It begins with the first buffer, and again after `settle`."""
+
+    def __init__(self) -> None:
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """A forked process has no threads."""
+        self._waiting: queue.SimpleQueue[_Writing | None] = queue.SimpleQueue()
+        self._running: threading.Thread | None = None
+
+    def take(self, writing: _Writing) -> None:
+        if self._running is None:
+            self._running = threading.Thread(target=self._run, name="batchkit-writing", daemon=True)
+            self._running.start()
+        self._waiting.put(writing)
+
+    def _run(self) -> None:
+        while (writing := self._waiting.get()) is not None:
+            writing.do()
+
+    def settle(self) -> None:
+        """End the thread when it has written what it was given: a process without threads can be forked."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._waiting.put(None)
+            running.join()
+
+
+_thread = _Thread()
+settle = _thread.settle

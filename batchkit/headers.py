@@ -35,6 +35,8 @@ _SKIPPED = frozenset({*range(0xE0, 0xF0), 0xFE, 0xC4, 0xDD})
 """Application data, comments, Huffman tables, restart intervals."""
 _NAMED = {0xE0: (b"JFIF", 9), 0xE2: (b"ICC_PROFILE\0", 16), 0xEE: (b"Adobe", 9)}
 """Application data that Pillow reads, by its name, and the length without which it opens nothing."""
+_ENOUGH = 16
+"""For any of them."""
 
 
 def _jpeg(data: bytes) -> Header | None:
@@ -53,9 +55,9 @@ def _jpeg(data: bytes) -> Header | None:
             if found is None:
                 return None
         elif marker == _QUANTIZATION:
-            if (length - 2) % 65 or any(data[table] > 15 for table in range(at + 4, at + 2 + length, 65)):
+            if (length - 2) % 65 or max(data[at + 4 : at + 2 + length : 65], default=0) > 15:
                 return None  # other tables than those of 8 bits
-        elif marker not in _SKIPPED or _is_short(data, at + 4, marker, length):
+        elif marker not in _SKIPPED or (length < _ENOUGH and _is_short(data, at + 4, marker, length)):
             return None
         at += 2 + length
     return None

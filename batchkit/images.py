@@ -7,12 +7,10 @@ decoded.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -96,19 +94,19 @@ def load(reference: str | bytes, root: Path, options: ImageOptions, *, name: str
     if isinstance(reference, bytes):
         return convert(reference, options, name=name)
     inline = reference.startswith("data:")
-    data = _from_data_url(reference) if inline else read(find(reference, root)[0], reference)
-    return convert(data, options, name=shown(reference))
+    data = _from_data_url(reference) if inline else read(find(reference, str(root))[0], reference)
+    return convert(data, options, name=reference)
 
 
 def convert(data: bytes, options: ImageOptions, *, name: str) -> Picture:
-    """The bytes of one image, checked and changed as `options` ask; `name` is for messages."""
+    """The bytes of one image, checked and changed as `options` ask. `name` is for messages; they show it shortened."""
     if not data:
-        raise RowError("image", f"image is empty: {name}")
+        raise RowError("image", f"image is empty: {shown(name)}")
     header = headers.read(data)
     if header is not None and _passes(header, options) and not is_truncated(data, header.kind):
         given = Given(header.width, header.height, len(data), kept=True)
         return Picture(MEDIA_TYPES[header.kind], data, header.width * header.height, given)
-    return _opened(data, options, name)
+    return _opened(data, options, shown(name))
 
 
 def _passes(header: headers.Header, options: ImageOptions) -> bool:
@@ -265,14 +263,16 @@ def _jpeg_scan(data: bytes) -> int:
     return len(data)
 
 
-def find(reference: str, root: Path) -> tuple[str, os.stat_result]:
+def find(reference: str, root: str) -> tuple[str, os.stat_result]:
     """Where the file of an image is, and what it is now. Raises `RowError` where it is none that is read."""
     if "://" in reference and not reference.startswith("file://"):
         raise RowError("image", f"image is not local, and was not fetched: {shown(reference)}")
-    with _reading(reference):
+    try:
         # Not by way of Path, which takes as long as all the rest of an image that passes through.
         path = unquote(urlsplit(reference).path) if reference.startswith("file://") else os.path.join(root, reference)  # noqa: PTH118
         found = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError) as exc:
+        raise _unreadable(exc, reference) from exc
     if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
         raise RowError("image", f"image is {kind}: {shown(reference)}")
@@ -283,20 +283,19 @@ def find(reference: str, root: Path) -> tuple[str, os.stat_result]:
 
 def read(path: str, reference: str) -> bytes:
     """The bytes of a file that `find` has found. Raises `RowError`."""
-    with _reading(reference), open(path, "rb", buffering=0) as stream:
-        return stream.readall()
-
-
-@contextlib.contextmanager
-def _reading(reference: str) -> Iterator[None]:
-    """What the system says of a file in the block, as a fault of the row."""
     try:
-        yield
-    except FileNotFoundError:
-        raise RowError("image", f"image not found: {shown(reference)}") from None
+        with open(path, "rb", buffering=0) as stream:
+            return stream.readall()
     except (OSError, ValueError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else exc
-        raise RowError("image", f"image cannot be read: {shown(reference)}: {why}") from exc
+        raise _unreadable(exc, reference) from exc
+
+
+def _unreadable(exc: OSError | ValueError, reference: str) -> RowError:
+    """What the system says of a file, as a fault of the row."""
+    if isinstance(exc, FileNotFoundError):
+        return RowError("image", f"image not found: {shown(reference)}")
+    why = exc.strerror if isinstance(exc, OSError) else exc
+    return RowError("image", f"image cannot be read: {shown(reference)}: {why}")
 
 
 def _from_data_url(url: str) -> bytes:

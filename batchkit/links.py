@@ -89,7 +89,7 @@ def link_to(reference: str, root: str) -> Link:
     uri = references.remote(reference, root)
     if uri is not None:
         return Link(_checked(uri))
-    name, found = images.find(reference, Path(root))
+    name, found = images.find(reference, root)
     if not found.st_size:
         raise RowError("image", f"image is empty: {references.shown(reference)}")
     path = Path(name).absolute()

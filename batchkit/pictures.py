@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import xxhash
 
 from batchkit import images
 from batchkit.images import ImageOptions, Picture
-from batchkit.references import shown
 
 NEW_BYTES = 4 << 20
 """What may be held of pictures that were wanted once. A run in which each is wanted once holds no more."""
@@ -35,6 +34,7 @@ class Pictures:
 
     def __init__(self, root: Path, options: ImageOptions) -> None:
         self._root = root
+        self._folder = str(root)
         self._options = options
         self._memory = Memory()
         self._seed = secrets.randbits(64)  # nobody can make two images that are taken for one
@@ -45,10 +45,10 @@ class Pictures:
             return self._memory.get(
                 self._digest(reference), lambda: images.load(reference, self._root, self._options, name=name)
             )
-        path, found = images.find(reference, self._root)
+        path, found = images.find(reference, self._folder)
         state = (path, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
         return self._memory.get(
-            state, lambda: images.convert(images.read(path, reference), self._options, name=shown(reference))
+            state, lambda: images.convert(images.read(path, reference), self._options, name=reference)
         )
 
     def _digest(self, inline: str | bytes) -> bytes:
@@ -76,18 +76,18 @@ class Memory:
         if known or _size(picture) > self._new.limit:
             self._kept.put(key, picture)
         else:
-            self._pass(self._new.put(key, picture))
+            for gone in self._new.put(key, picture):
+                self._pass(gone)
         return picture
 
     @property
     def size(self) -> int:
         return self._new.size + self._kept.size
 
-    def _pass(self, keys: Iterable[Hashable]) -> None:
-        for key in keys:
-            self._passed[hash(key)] = None
-            if len(self._passed) > PASSED:
-                self._passed.popitem(last=False)
+    def _pass(self, key: Hashable) -> None:
+        self._passed[hash(key)] = None
+        if len(self._passed) > PASSED:
+            self._passed.popitem(last=False)
 
 
 class _Shelf:

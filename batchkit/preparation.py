@@ -328,10 +328,11 @@ def _sharded(
     """The selected rows from `place` on, what became of them, and the number of their shard counted from `place`."""
     batch_format = options.input_format == "batch"
     make = partial(Converter, options, image_root=image_root, batch_format=batch_format, surveyed=surveyed)
-    selected = itertools.takewhile(
-        lambda row: options.stop is None or row.position < options.stop,
-        (row for row in source.rows(place, first=options.start) if row.position >= options.start),
-    )
+    selected = source.rows(place, first=options.start)
+    if (start := options.start) > 0:
+        selected = itertools.dropwhile(lambda row: row.position < start, selected)
+    if (stop := options.stop) is not None:
+        selected = itertools.takewhile(lambda row: row.position < stop, selected)
     # In this process and not in the workers: an image that many rows name is fetched once.
     fetched = with_images(selected, make().remote_images, private_hosts=options.allow_private_hosts)
     with closing(fetched), closing(convert_all(fetched, make, hands)) as converted:

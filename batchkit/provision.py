@@ -29,10 +29,15 @@ def with_images(
 
     Raises `BatchkitError` where no image can be had; one that cannot is an error of its row.
     """
-    filled = fetched(rows, remote_images, lambda row: row.size, private_hosts=private_hosts)
-    with closing(filled):
-        for row, found in filled:
-            yield row._replace(fetched=found) if found else row
+    for row in (remaining := iter(rows)):
+        if remote_images(row):
+            rest = itertools.chain([row], remaining)
+            filled = fetched(rest, remote_images, lambda one: one.size, private_hosts=private_hosts)
+            with closing(filled):
+                for one, found in filled:
+                    yield one._replace(fetched=found) if found else one
+            return
+        yield row
 
 
 def fetched(

@@ -21,9 +21,9 @@ def remote(reference: str | bytes, root: str) -> str | None:
     has no slash at its end."""
     if isinstance(reference, bytes):
         return None
-    if is_remote(reference):
-        return reference
-    if not is_remote(root) or reference.startswith(("/", "data:")) or "://" in reference:
+    if "://" in reference:
+        return reference if is_remote(reference) else None
+    if not is_remote(root) or reference.startswith(("/", "data:")):
         return None
     if root.startswith("s3://"):
         return _below(root, reference)

@@ -188,7 +188,7 @@ class Resolver:
     def _of_file(self, uri: str) -> Sequence[bytes]:
         path = links.path_of(uri)
         try:
-            images.find(str(path), Path())
+            images.find(str(path), "")
         except RowError as exc:
             self._absent += self._absent >= 0
             if self._absent >= MOST_ABSENT:

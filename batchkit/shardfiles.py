@@ -10,12 +10,11 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from batchkit import twins
-from batchkit.direct import LargeFile
 from batchkit.errors import RunError, StorageError
 from batchkit.links import Links
 from batchkit.measures import Totals
@@ -57,12 +56,14 @@ class ShardDraft:
             self._start = row.position
         self._last = row
         self._names |= done.names
-        added = (row.raw + b"\n", done.custom_id.encode() + b"\n", done.request or b"")
-        for digest, piece in zip(self._hashes, added, strict=True):
-            digest.update(piece)
+        line, custom_id, request = added = row.raw + b"\n", done.custom_id.encode() + b"\n", done.request or b""
+        rows_hash, ids_hash, requests_hash = self._hashes
+        rows_hash.update(line)
+        ids_hash.update(custom_id)
+        requests_hash.update(request)
         self._attached.add(row)
-        self._rows_bytes += len(added[0])
-        self._requests_bytes += len(added[2])
+        self._rows_bytes += len(line)
+        self._requests_bytes += len(request)
         if rejection is not None:
             self._rejected.append(rejection)
         elif done.same_as is not None:
@@ -134,18 +135,18 @@ class ShardWriter:
         self._draft = ShardDraft(shard)
         self._taken: list[Taken] = []
         self._stack = contextlib.ExitStack()
-        few = [self._stack.enter_context(write_whole(path)) for path in (run.rows_path(shard), run.ids_path(shard))]
-        self._streams: list[IO[bytes] | LargeFile] = [
-            *few,
-            self._stack.enter_context(write_large(run.requests_path(shard))),
-        ]
+        self._rows = self._stack.enter_context(write_whole(run.rows_path(shard)))
+        self._ids = self._stack.enter_context(write_whole(run.ids_path(shard)))
+        self._requests = self._stack.enter_context(write_large(run.requests_path(shard)))
 
     def add(self, row: Row, done: Converted, rejection: Rejection | None, answer: Answer | None = None) -> None:
         if answer is not None:
             self._taken.append(Taken(row.position, done.custom_id, answer))
+        line, custom_id, request = self._draft.add(row, done, rejection, answer)
         try:
-            for stream, piece in zip(self._streams, self._draft.add(row, done, rejection, answer), strict=True):
-                stream.write(piece)
+            self._rows.write(line)
+            self._ids.write(custom_id)
+            self._requests.write(request)
         except OSError as exc:
             raise StorageError(
                 f"{self._run.name}: cannot be written: {exc.strerror or exc}",

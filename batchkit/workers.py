@@ -65,11 +65,15 @@ def convert_all(rows: Iterable[Row], make: Callable[[], Converter], hands: Hands
         return
     count = hands.workers or min(teams.cores(), teams.MOST)
     converter = make()
+    if count == 1:
+        for row in rows:
+            yield row, converter(row)
+        return
     began = time.monotonic()
     for number, row in enumerate(rows, 1):
         yield row, converter(row)
         seconds = time.monotonic() - began
-        if count > 1 and (seconds > ALONE_SECONDS or (hands.workers and number >= ALONE_ROWS)):
+        if seconds > ALONE_SECONDS or (hands.workers and number >= ALONE_ROWS):
             yield from _Crew(rows, make, converter, count - 1, pace=seconds / number).converted()
             return
 
