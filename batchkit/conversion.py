@@ -131,9 +131,14 @@ class Converter:
         except RowError as exc:
             return Converted(task.custom_id, None, exc.code, exc.message, names=names)
         request = self._maker.line(task.custom_id, content, documents)
-        pixels = sum(part.pixels for part in content if not isinstance(part, str))
-        linked = tuple(part for part in content if isinstance(part, Link))
-        done = Converted(task.custom_id, request, pixels=pixels, names=names, links=linked)
+        pixels = 0
+        linked: tuple[Link, ...] = ()
+        for part in content:
+            if not isinstance(part, str):
+                pixels += part.pixels
+                if isinstance(part, Link):
+                    linked = (*linked, part)
+        done = Converted(task.custom_id, request, "", "", pixels, names, None, linked)
         if not self._surveyed:
             return done
         found = (part for part in content if isinstance(part, Picture))
@@ -191,8 +196,10 @@ class Converter:
     def _refuse_missing(self, task: Task) -> None:
         """Raise `RowError` where an image field that was named has no image: with fewer than asked for, «the second
         image» would mean another one."""
+        if not self._options.image_field:
+            return
         found = {image.field for image in task.images}
-        for name in self._options.image_field or ():
+        for name in self._options.image_field:
             if name not in found:
                 raise RowError("image", f"no image in {name!r}")
 

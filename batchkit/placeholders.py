@@ -16,6 +16,8 @@ _PLACEHOLDER = re.compile(
     r"<image>|<image_start>(?:\s{0,9}\[(?P<field>[^<>\n]{1,500})\]\s{0,9}<image_end>)?|<image_end>"
 )
 
+_BEGINNING = "<image"
+"""Of all of these."""
 
 AS_TEXT = "--no-placeholders takes it as text"
 
@@ -37,6 +39,8 @@ def split(text: str) -> list[str | Place]:
 
     Raises `RowError` for half a placeholder: sent as text it would hide that an image is not where it was meant.
     """
+    if _BEGINNING not in text:
+        return [text] if text else []
     parts: list[str | Place] = []
     end = 0
     for match in _PLACEHOLDER.finditer(text):

@@ -124,18 +124,18 @@ class PromptMaker:
 
     def write(self, task: Task) -> list[str | Place]:
         """The texts of a task and the places between them."""
-        parts: list[str | Place]
+        parts: list[str | Place] = []
         if self._render is not None:
-            parts = self._render(task.fields, {*task.attached, *(image.field for image in task.images)})
+            for part in self._render(task.fields, {*task.attached, *(image.field for image in task.images)}):
+                parts += self._pieces(part) if isinstance(part, str) else [part]
         else:
-            parts = [task.question or ""]
-        if self._placeholders:
-            parts = [
-                piece for part in parts for piece in (placeholders.split(part) if isinstance(part, str) else (part,))
-            ]
+            parts += self._pieces(task.question or "")
         if not any(isinstance(part, Place) or part.strip() for part in parts):
             raise RowError("template", "the prompt template gives an empty text")
         return parts
+
+    def _pieces(self, text: str) -> list[str | Place]:
+        return placeholders.split(text) if self._placeholders else [text]
 
 
 def arrange(parts: Sequence[str | Place], task: Task) -> list[str | ImageReference]:
