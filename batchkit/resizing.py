@@ -121,7 +121,7 @@ def _prefilter(factor: float) -> Any:
     """
     import numpy as np
 
-    reach = round(2 * factor)
+    reach = round(1.5 * factor)
     edge = max(LOBES * factor, reach + 2)
     at = np.arange(-edge, edge, 1 / STEPS)
     wanted = np.where(abs(at) < LOBES * factor, np.sinc(at / factor) * np.sinc(at / factor / LOBES), 0.0)

@@ -92,7 +92,7 @@ def test_opencv_makes_what_lanczos_makes(calls: list[Any], mode: str, size: tupl
     image = scene() if mode == "RGB" else scene().getchannel("B")
     made, expected = resizing.resize(image, size, LANCZOS), image.resize(size, LANCZOS)
     assert calls == [size]
-    assert difference(made, expected) < 1
+    assert difference(made, expected) < 1.5
     assert difference(image.resize(size, Image.Resampling.BILINEAR), expected) > difference(made, expected)
 
 
@@ -142,7 +142,7 @@ def test_a_jpeg_is_alike_with_opencv_and_without(
     ours, pillows = opened(made.data), opened(theirs.data)
     assert made._replace(data=b"") == theirs._replace(data=b"")
     assert ours.mode == ("L" if kind == "grey" else "RGB")
-    assert difference(ours, pillows) < 3
+    assert difference(ours, pillows) < 4
     assert ours.info.keys() == pillows.info.keys()
     assert subsampling(ours) == subsampling(pillows)
 
