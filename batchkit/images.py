@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pybase64
 
-from batchkit import headers
+from batchkit import headers, resizing
 from batchkit.errors import RowError
 from batchkit.references import shown
 from batchkit.sizes import bounded, sent_size
@@ -170,19 +170,20 @@ def _convert(image: Image.Image, data: bytes, options: ImageOptions, name: str) 
 def _encode(image: Image.Image, size: tuple[int, int], media_type: str, quality: int) -> Picture:
     from PIL import Image, ImageOps
 
+    resizing.keep_memory()
     whole = image.size
     orientation = image.getexif().get(ORIENTATION, 1)
     if size != image.size:
         # JPEG decodes straight to 1/2, 1/4 or 1/8 of its size; only a no-op for other formats.
         image.draft(None, (int(size[0] * DRAFT_MARGIN), int(size[1] * DRAFT_MARGIN)))
-    # What was decoded to a fraction has been filtered once: a narrower filter is as good there, in half the time.
+    # What was decoded to a fraction has been filtered once: there Pillow's narrower filter is as good, in less time.
     kernel = Image.Resampling.LANCZOS if image.size == whole else Image.Resampling.BICUBIC
     upright = ImageOps.exif_transpose(image) if orientation != 1 else image
     if orientation in SIDEWAYS:
         size = (size[1], size[0])
     drawn = _in_mode(upright, alpha=media_type != "image/jpeg")
     if drawn.size != size:
-        drawn = drawn.resize(size, kernel, reducing_gap=2.0)
+        drawn = resizing.resize(drawn, size, kernel)
     out = io.BytesIO()
     if media_type == "image/png":
         drawn.save(out, "PNG")

@@ -12,7 +12,7 @@ from typing import Unpack
 
 import batchkit
 from batchkit import options as prepare_options
-from batchkit import references
+from batchkit import references, resizing
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.inputs import Source, open_source
@@ -179,7 +179,12 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
         model=options.model,
         backend=options.backend,
         options=kept,
+        image_libraries=resizing.libraries() if _shrinks(options) else "",
     )
+
+
+def _shrinks(options: PrepareOptions) -> bool:
+    return not (options.max_side is None and options.max_pixels is None and options.fit is None)
 
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
@@ -258,6 +263,7 @@ def _prepare_rest(
         tally.report.already = True
         sealed(intact)
         return tally.report
+    _tell_libraries(run, shards, options, progress)
     if options.input_format == "batch":
         for seal in itertools.islice(run.seals(), shards):
             seen.update(run.read_ids(seal))
@@ -276,6 +282,13 @@ def _prepare_rest(
     clear_behind(run, tally.report.shards)
     run.write_prepared(tally.prepared())
     return tally.report
+
+
+def _tell_libraries(run: Run, shards: int, options: PrepareOptions, progress: Progress) -> None:
+    """Say it where the pictures of one run will have been made by two libraries: alike to the eye, not by the byte."""
+    before, now_is = run.manifest.image_libraries, resizing.libraries() if _shrinks(options) else ""
+    if shards and before and before != now_is:
+        progress.say(f"warning: the run was begun with {before}; the images from shard {shards} on go through {now_is}")
 
 
 def _written(

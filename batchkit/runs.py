@@ -48,6 +48,8 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`image_libraries` are what images are made smaller with, by name and version; empty where none are."""
+
     format: int
     batchkit: str
     created: str
@@ -55,6 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     backend: str
     options: dict[str, Any]
+    image_libraries: str = ""
 
     @property
     def url(self) -> str:
