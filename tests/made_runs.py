@@ -14,6 +14,11 @@ from batchkit.runs import OUR_NAMES, Input, Manifest, Prepared, Rejection, Run, 
 from batchkit.tasks import make_custom_id
 
 
+def task_lines(count: int = 30) -> bytes:
+    """A task file whose rows are questions without images."""
+    return b"".join(json.dumps({"id": n, "question": f"q{n}"}).encode() + b"\n" for n in range(count))
+
+
 def response_line(custom_id: str, content: str | None, *, finish: str = "stop", **body: Any) -> bytes:
     """A success as vLLM 0.32 and OpenAI write it."""
     choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}

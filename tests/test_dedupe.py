@@ -6,7 +6,7 @@ import base64
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,6 @@ __all__ = ["fake"]
 
 QUESTIONS = ["a", "b", "a", "a", "c", "b", "a", "d", "d", "d", "a", "c"]
 """Of twelve rows; eight to a shard: a b a a c b a d | d d a c."""
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as one:
-        yield one
 
 
 @pytest.fixture

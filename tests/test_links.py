@@ -38,17 +38,12 @@ from batchkit.submission import submit
 from tests.conftest import WriteTasks
 from tests.fake_provider import Provider
 from tests.fake_server import Server
-from tests.s3_servers import ACCESS_KEY
-from tests.test_batch_services import provider as provider  # noqa: PLC0414  # fixtures
+from tests.s3_servers import ACCESS_KEY, Bucket
 from tests.test_batch_services import send as send_to_service
 from tests.test_live import quick as quick  # noqa: PLC0414
-from tests.test_live import server as server  # noqa: PLC0414
 from tests.test_presign import call, machine  # noqa: F401
 from tests.test_remote_images import Web
 from tests.test_remote_images import web as web  # noqa: PLC0414
-from tests.test_s3_runs import Bucket
-from tests.test_s3_runs import bucket as bucket  # noqa: PLC0414
-from tests.test_s3_runs import moto as moto  # noqa: PLC0414
 from tests.test_submission import Fake
 from tests.test_submission import fake as fake  # noqa: PLC0414
 
