@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from batchkit import batch_submission, live_submission
@@ -25,6 +26,11 @@ ENVIRONMENT = (
 )  # fmt: skip
 
 WriteTasks = Callable[..., Path]
+
+# Neither new examples nor a busy machine make a test fail by chance. What `make test-all` is for is to look further.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")  # before any test file makes settings of its own; --hypothesis-profile comes after this
 
 
 @pytest.fixture
