@@ -24,8 +24,9 @@ import msgspec
 from batchkit import calls
 from batchkit.batches import Batch, Order, RefusedError, Service
 from batchkit.jobs import Attempt, AttemptState, Remote
+from batchkit.manifests import Seal, now
 from batchkit.responses import UnreadableLine, parse
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, write_whole

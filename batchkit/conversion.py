@@ -11,13 +11,13 @@ from batchkit.errors import RowError, UsageError
 from batchkit.images import Given, ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.links import Link
+from batchkit.manifests import OUR_NAMES
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.pictures import Pictures
 from batchkit.placeholders import Place
 from batchkit.prompts import MissingImageError, PromptMaker, arrange, text_only
 from batchkit.requests import Documents, RequestMaker, fingerprint
-from batchkit.runs import OUR_NAMES
 from batchkit.tasks import DOCUMENTS_FIELD, Fields, ImageReference, Row, Task
 
 OUR_NAMES_SET = frozenset(OUR_NAMES)

@@ -23,8 +23,9 @@ import msgspec
 from batchkit import s3
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
+from batchkit.manifests import Seal, now
 from batchkit.responses import ANSWERS, UnreadableLine, parse
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, remove, write_whole
 

@@ -18,11 +18,12 @@ from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Plan
 from batchkit.errors import BatchkitError
 from batchkit.feeds import Feed
+from batchkit.manifests import Seal
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
 from batchkit.rounds import Group, Key, Pool, most_bytes, plan_room
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.sessions import Laid
 from batchkit.work import Leases, SpeedFile, Work
 

@@ -16,8 +16,9 @@ from batchkit import outcomes
 from batchkit.counts import Counts
 from batchkit.errors import BatchkitError, RunError, UsageError
 from batchkit.jobs import OVER
+from batchkit.manifests import PREPARE_AGAIN, Seal
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import PREPARE_AGAIN, Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import remove
 
 AHEAD = 4

@@ -21,11 +21,12 @@ from batchkit.errors import RunBusyError, RunError, UsageError
 from batchkit.feeds import select
 from batchkit.jobs import Attempt
 from batchkit.limits import SERVED
+from batchkit.manifests import PREPARE_AGAIN, Seal
 from batchkit.parcels import pooling
 from batchkit.presigning import Signer
 from batchkit.progress import Progress, Silent
 from batchkit.resolving import Resolver
-from batchkit.runs import PREPARE_AGAIN, Run, Seal
+from batchkit.runs import Run
 from batchkit.scripts import Command
 from batchkit.storage import write_whole
 

@@ -18,11 +18,12 @@ from batchkit.feeds import Feed
 from batchkit.handover import Settings
 from batchkit.limits import LIMITS
 from batchkit.live import Live
+from batchkit.manifests import now
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
-from batchkit.runs import Run, now
+from batchkit.runs import Run
 from batchkit.serving import Serving
 from batchkit.work import Leases, Scan
 

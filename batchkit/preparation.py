@@ -16,13 +16,14 @@ from batchkit import references
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.inputs import Source, open_source
+from batchkit.manifests import FORMAT, Input, Manifest, Rejection, Seal, now
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
 from batchkit.provision import with_images
 from batchkit.resolutions import Survey
 from batchkit.reuse import KnownAnswers, named, open_known
-from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
+from batchkit.runs import Run
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import Cutter
 from batchkit.storage import is_remote, shown

@@ -13,8 +13,9 @@ from batchkit.counts import Counts
 from batchkit.errors import StorageError
 from batchkit.inquiries import BatchStatus
 from batchkit.jobs import OVER, Job
+from batchkit.manifests import Seal
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 
 
 class ShardStatus(msgspec.Struct, kw_only=True):

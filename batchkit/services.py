@@ -20,13 +20,14 @@ from batchkit.fetching import NOT_NOW
 from batchkit.handover import Cost, Settings
 from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
+from batchkit.manifests import Seal
 from batchkit.packing import Packed, Packer
 from batchkit.parcels import Parcel
 from batchkit.progress import BoardRow, Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.resolving import record
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.watches import Clerk, Event, Watch
 from batchkit.work import Leases
 

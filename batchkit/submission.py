@@ -25,13 +25,14 @@ from batchkit.feeds import Feed, refuse_deleted, refuse_lost
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
+from batchkit.manifests import Seal
 from batchkit.parcels import pooling
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
 from batchkit.responses import Verdict
 from batchkit.rounds import Pool
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import remove
 from batchkit.takeovers import reused_in
 from batchkit.targets import SERVICES

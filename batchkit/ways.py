@@ -15,10 +15,11 @@ from batchkit.errors import UsageError
 from batchkit.feeds import Feed
 from batchkit.limits import LIMITS, Limits
 from batchkit.links import Links, common_folder
+from batchkit.manifests import Seal
 from batchkit.presigning import UNITS, Presigner, Signer
 from batchkit.references import is_remote
 from batchkit.resolving import Resolver, Ways
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 
 ALLOWED = "--allowed-local-media-path"
 

@@ -10,7 +10,8 @@ from typing import Any
 import xxhash
 
 from batchkit.jobs import Attempt, AttemptState, Job
-from batchkit.runs import OUR_NAMES, Input, Manifest, Prepared, Rejection, Run, Seal
+from batchkit.manifests import OUR_NAMES, Input, Manifest, Prepared, Rejection, Seal
+from batchkit.runs import Run
 from batchkit.tasks import make_custom_id
 
 

@@ -20,9 +20,10 @@ from batchkit import cancelling, counts, engines, outcomes, reporting
 from batchkit.counts import Counts
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Attempt, Job, Remote
+from batchkit.manifests import Rejection, Seal, now
 from batchkit.preparation import prepare
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Rejection, Run, Seal, now
+from batchkit.runs import Run
 from batchkit.submission import discard, submit
 from tests.conftest import WriteTasks
 from tests.fake_provider import Provider

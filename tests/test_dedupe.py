@@ -19,8 +19,9 @@ from batchkit import evaluate, infer, merge, outcomes, plan, prepare, status, su
 from batchkit.cli import main
 from batchkit.errors import RunError
 from batchkit.jobs import Attempt, Job
+from batchkit.manifests import now
 from batchkit.responses import Verdict
-from batchkit.runs import Run, now
+from batchkit.runs import Run
 from tests import fake_server
 from tests.conftest import WriteTasks
 from tests.fake_server import Server

@@ -543,8 +543,8 @@ def test_rows_that_share_a_request_get_the_images_that_are_only_there(
     asked = [(RED, "one"), (BLUE, "two"), (RED, "one"), (b"no image", "bad"), (RED, "one"), (BLUE, "three")]
     rows = [{"image": {"bytes": data, "path": None}, "question": question} for data, question in asked]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    options = {"model": "m", "backend": "server", "dedupe": True, "max_requests": max_requests, "workers": 1}
-    report = prepare(tmp_path / "t.parquet", tmp_path / "run", **options)
+    options: dict[str, Any] = {"backend": "server", "dedupe": True, "max_requests": max_requests}
+    report = prepare(tmp_path / "t.parquet", tmp_path / "run", model="m", workers=1, **options)
     assert (report.requests, report.rejected) == (requests, 1)
     submit(tmp_path / "run", endpoints=[server.url])
     merge(tmp_path / "run")

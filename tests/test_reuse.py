@@ -20,7 +20,8 @@ from batchkit import merge, outcomes, plan, prepare, status, submit, takeovers
 from batchkit.cli import main
 from batchkit.errors import RunError, UsageError
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Run, now
+from batchkit.manifests import now
+from batchkit.runs import Run
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
 from tests.made_runs import failure_line, response_line
