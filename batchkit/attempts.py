@@ -30,6 +30,7 @@ from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, write_whole
+from batchkit.wording import counted
 
 SHOWN_LABEL = 64
 
@@ -69,7 +70,7 @@ class ShortError(Exception):
 
     def __init__(self, found: int, expected: int | None, why: str = "") -> None:
         of = f"{expected:,} that the provider should have" if expected is not None else "nobody knows how many"
-        super().__init__(f"{found:,} responses came of {of}{why}")
+        super().__init__(f"{counted(found, 'response')} came of {of}{why}")
 
 
 # -- steps 1 to 4 ----------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def fail(run: Run, tracked: Tracked, reasons: Mapping[int, str], *, code: str) -
             line = {"custom_id": ids[position - tracked.seal.start], "response": None, "error": error}
             stream.write(msgspec.json.encode(line) + b"\n")
     tracked.attempt.ending = "failed"
-    save(run, tracked, "refused", message=f"{len(reasons):,} requests were refused by the provider")
+    save(run, tracked, "refused", message=f"refused by the provider: {counted(len(reasons), 'request')}")
 
 
 def clean_up(run: Run, shard: int) -> None:

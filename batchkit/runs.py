@@ -20,6 +20,7 @@ from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
 from batchkit.manifests import FORMAT, PREPARE_AGAIN, Manifest, Prepared, Seal, as_json, now, read
 from batchkit.storage import open_read, read_lines, write_whole
+from batchkit.wording import counted
 
 FOLDERS = ("rows", "requests", "jobs", "responses")
 
@@ -184,7 +185,9 @@ class Run:
             yield seal
             shard, end = shard + 1, seal.end
         if prepared is not None and shard < prepared.shards:
-            raise RunError(f"{storage.shown(path)}: is missing, of {prepared.shards:,} shards", hint=PREPARE_AGAIN)
+            raise RunError(
+                f"{storage.shown(path)}: is missing, of {counted(prepared.shards, 'shard')}", hint=PREPARE_AGAIN
+            )
 
     def seal(self, shard: int) -> Seal | None:
         """The seal of one shard; None where it has none that can be read."""

@@ -29,6 +29,7 @@ from batchkit.reports import SubmitReport
 from batchkit.resolving import record
 from batchkit.runs import Run
 from batchkit.watches import Clerk, Event, Watch
+from batchkit.wording import counted
 from batchkit.work import Leases
 
 TOKEN_WAITS = 4
@@ -163,7 +164,9 @@ class Services:
             self._report.responses += lost
             self._report.passing += sum(fault.code == NOT_NOW for fault in packed.faults.values())
             self._progress.update(lost)
-            self._progress.say(f"shard {seal.shard}: {lost:,} requests are not sent: their images cannot be had")
+            self._progress.say(
+                f"shard {seal.shard}: not sent, because of images that cannot be had: {counted(lost, 'request')}"
+            )
             self._release()
         return None
 
@@ -318,7 +321,9 @@ class Services:
         found = outcomes.load(self._run, tracked.seal)
         again = outcomes.to_retry(found, tracked.positions, attempts=self._settings.attempts)
         if again and not self._stopped:
-            self._progress.say(f"{tracked.label}: {len(again):,} requests expired or failed in passing, and go again")
+            self._progress.say(
+                f"{tracked.label}: {counted(len(again), 'request')} expired or failed in passing; once more"
+            )
         self._queue.put_back(tracked.seal, again)
 
     def _set_aside(self, tracked: Tracked, event: Event) -> None:

@@ -20,6 +20,7 @@ from batchkit.presigning import UNITS, Presigner, Signer
 from batchkit.references import is_remote
 from batchkit.resolving import Resolver, Ways
 from batchkit.runs import Run
+from batchkit.wording import counted
 
 ALLOWED = "--allowed-local-media-path"
 
@@ -132,7 +133,7 @@ def for_elsewhere(
         return contextlib.nullcontext()
     if files := links_of(seals).files:
         raise UsageError(
-            f"{run.name}: names {files:,} images that are files, which machines elsewhere cannot open",
+            f"{run.name}: names {counted(files, 'image')} in files, which machines elsewhere cannot open",
             hint="put the images into a bucket, or prepare without --images link: requests then have them",
         )
     ways = Ways(limits=LIMITS["vllm"], presigner=signer, near=True, private_hosts=_private_hosts(run))

@@ -804,7 +804,7 @@ def test_an_input_that_nobody_was_given_is_removed_by_the_next_presign(
 
 def test_presign_refuses_a_run_whose_images_are_files(bucket: Bucket, linked: LinkedRun, picture: Picture) -> None:
     run = linked([picture("a.png").name], run=bucket.uri("runs/files"))
-    with pytest.raises(UsageError, match="names 1 images that are files, which machines elsewhere cannot open"):
+    with pytest.raises(UsageError, match="names 1 image in files, which machines elsewhere cannot open"):
         handouts.hand_out(run)
 
 

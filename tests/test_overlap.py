@@ -272,7 +272,7 @@ def test_deleted_requests_that_are_wanted_again_are_made_again(tmp_path: Path, s
     assert prepare(tasks, tmp_path / "run", **make).already  # type: ignore[arg-type]
     assert requests_left(tmp_path / "run") == [], "prepare alone does not make them again"
     retry = {"retry": frozenset({Verdict.ANSWERED}), "positions": frozenset({25}), "endpoints": [server.url]}
-    with pytest.raises(RunError, match=r"1 shards \(00002\) were deleted") as caught:
+    with pytest.raises(RunError, match=r"1 shard \(00002\) were deleted") as caught:
         submit(tmp_path / "run", **retry)  # type: ignore[arg-type]
     assert "prepare again" in str(caught.value.hint)
     prepare(tasks, tmp_path / "run", **make)  # type: ignore[arg-type]

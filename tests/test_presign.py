@@ -329,7 +329,7 @@ def test_cancel_makes_it_due_again_and_no_resume_asks_for_that_first(
 ) -> None:
     run = prepared(bucket)
     script = presign(run, tmp_path)
-    with pytest.raises(RunError, match="3 attempts were given to machines elsewhere") as refused:
+    with pytest.raises(RunError, match="3 attempts given to machines elsewhere") as refused:
         discard(run.name)
     assert refused.value.hint == f"batchkit cancel {run.name} first"
     done = call("cancel", run.name)
