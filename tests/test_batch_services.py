@@ -485,7 +485,7 @@ def test_no_resume_is_refused_while_batches_are_under_way(provider: Provider, ma
     provider.polls = 1_000_000
     run = make_run(10)
     send(run, provider, wait=False)
-    with pytest.raises(RunError, match="1 batches are under way"):
+    with pytest.raises(RunError, match="1 batch under way at a provider would be paid for in vain"):
         discard(run)
 
 
