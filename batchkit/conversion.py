@@ -55,7 +55,7 @@ class Converter:
         self._limits = options.limits
         self.root = image_root
         self._folder = Path(image_root)
-        self._root_is_remote = references.is_remote(image_root)
+        self._root_is_remote = references.is_address(image_root)
         self._batch_format = batch_format
         self._links = options.images == "link"
         self._takes_images = options.endpoint.takes("image_field", options.backend)
@@ -166,7 +166,7 @@ class Converter:
         if not row.attached:
             return False
         attached = (one for some in row.attached.values() for one in some)
-        return any(isinstance(one, str) and references.is_remote(one) for one in attached)
+        return any(isinstance(one, str) and references.is_address(one) for one in attached)
 
     def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture | Link]:
         """The texts and pictures of the question, in order."""

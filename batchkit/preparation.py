@@ -184,7 +184,7 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
 
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
-    if options.image_root is not None and references.is_remote(options.image_root):
+    if options.image_root is not None and references.is_address(options.image_root):
         return shown(options.image_root).removesuffix("/")
     if options.image_root is None and is_remote(source.uri) and source.format != "hf":
         return shown(source.uri).rpartition("/")[0]

@@ -17,7 +17,7 @@ from batchkit.limits import LIMITS, Limits
 from batchkit.links import Links, common_folder
 from batchkit.manifests import Seal
 from batchkit.presigning import UNITS, Presigner, Signer
-from batchkit.references import is_remote
+from batchkit.references import is_address
 from batchkit.resolving import Resolver, Ways
 from batchkit.runs import Run
 from batchkit.wording import counted
@@ -66,7 +66,7 @@ def media_args(run: Run, feed: Feed, args: Sequence[str]) -> list[str]:
 def _root(run: Run) -> str | None:
     """Where the run's relative paths begin on this disk."""
     root = str(run.manifest.options.get("image_root") or "")
-    return None if not root or is_remote(root) else os.path.realpath(root)
+    return None if not root or is_address(root) else os.path.realpath(root)
 
 
 def for_engine(run: Run, args: Sequence[str], *, presign: bool) -> contextlib.AbstractContextManager[Resolver | None]:
