@@ -114,6 +114,7 @@ class Services:
 
     def _take_up(self) -> None:
         """Go on with the attempts that an earlier process left."""
+        attempts.clean_up_all(self._run)
         for seal in self._seals:
             if any(attempt.at_provider for attempt in self._run.job(seal.shard).attempts) and self._queue.hold(seal):
                 attempts.clean_up(self._run, seal.shard)

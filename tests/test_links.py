@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -558,6 +559,32 @@ def test_a_file_that_has_to_wait_is_gone_when_submit_ends(
     assert send_to_service(run, provider, wait=False, max_enqueued_tokens=1).sent == 4
     assert b"base64" not in everything(run.path)
     assert send_to_service(run, provider, max_enqueued_tokens=1).exit_code == 0
+    assert set(provider.paid.values()) == {1}
+
+
+def test_what_a_killed_process_has_left_of_a_file_is_removed_by_the_next_submit(
+    tmp_path: Path, linked: LinkedRun, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = linked([noise(tmp_path / f"{n}.png").name for n in range(4)], backend="openai", max_requests=2)
+    assert send_to_service(run, provider, shards="1/2").sent == 2
+    uploads = run.path / "uploads"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(packing, "request_tokens", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            send_to_service(run, provider)
+        finally:  # a fork must not go on with the tests
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    (aside,) = uploads.iterdir()
+    assert aside.name.startswith(".links-00001.jsonl.")
+    (uploads / "links-00001.jsonl").write_bytes(b"one that waited for its batch")
+    (uploads / "links-100001.jsonl").write_bytes(b"of another shard, which somebody works on")
+    with run.lease("100001"):
+        assert send_to_service(run, provider, shards="1/2").sent == 0
+        assert [path.name for path in uploads.iterdir()] == ["links-100001.jsonl"]
+    assert send_to_service(run, provider).sent == 2
+    assert not list(uploads.iterdir())
     assert set(provider.paid.values()) == {1}
 
 
