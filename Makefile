@@ -17,8 +17,8 @@ demo: venv  ## ask a real model about real pictures, check every answer
 test: venv  ## the tests of every run, real vLLM among them
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: venv  ## these and the slow ones
-	@$(BIN)/python -m pytest
+test-all: venv  ## these and the slow ones, with examples that were never tried before
+	@$(BIN)/python -m pytest --hypothesis-profile=explore
 
 lint: venv  ## ruff and strict types
 	@$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +24,18 @@ import msgspec
 
 from batchkit import calls
 from batchkit.batches import Batch, Order, RefusedError, Service
+from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, AttemptState, Remote
+from batchkit.manifests import Seal, now
 from batchkit.responses import UnreadableLine, parse
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, write_whole
+from batchkit.wording import counted
 
 SHOWN_LABEL = 64
+_OF_SHARD = re.compile(r"\.?(?:links-)?(\d{5,})\.")
 
 
 class Tracked(msgspec.Struct, kw_only=True):
@@ -68,7 +73,7 @@ class ShortError(Exception):
 
     def __init__(self, found: int, expected: int | None, why: str = "") -> None:
         of = f"{expected:,} that the provider should have" if expected is not None else "nobody knows how many"
-        super().__init__(f"{found:,} responses came of {of}{why}")
+        super().__init__(f"{counted(found, 'response')} came of {of}{why}")
 
 
 # -- steps 1 to 4 ----------------------------------------------------------------------------------------------------
@@ -278,15 +283,30 @@ def fail(run: Run, tracked: Tracked, reasons: Mapping[int, str], *, code: str) -
             line = {"custom_id": ids[position - tracked.seal.start], "response": None, "error": error}
             stream.write(msgspec.json.encode(line) + b"\n")
     tracked.attempt.ending = "failed"
-    save(run, tracked, "refused", message=f"{len(reasons):,} requests were refused by the provider")
+    save(run, tracked, "refused", message=f"refused by the provider: {counted(len(reasons), 'request')}")
 
 
 def clean_up(run: Run, shard: int) -> None:
     """Remove what an earlier process left of uploads and downloads. The shard's lease is held."""
-    for path in (run.path / "uploads").glob(f"*{shard:05d}.*"):
-        path.unlink(missing_ok=True)
-    for path in (run.path / "downloads").glob(f"{shard:05d}.*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path, of in _on_their_way(run):
+        if of == shard and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif of == shard:
+            path.unlink(missing_ok=True)
+
+
+def clean_up_all(run: Run) -> None:
+    """The same of all shards that no process works on: one that was killed while it wrote a file has left no attempt
+    that tells of it. None of their leases may be held by this process."""
+    for shard in sorted({shard for _, shard in _on_their_way(run)}):
+        with contextlib.suppress(RunBusyError), run.lease(f"{shard:05d}"):
+            clean_up(run, shard)
+
+
+def _on_their_way(run: Run) -> list[tuple[Path, int]]:
+    """Each file of an upload or download, what is written aside too, and its shard."""
+    paths = [path for folder in ("uploads", "downloads") for path in (run.path / folder).glob("*")]
+    return [(path, int(name[1])) for path in paths if (name := _OF_SHARD.match(path.name))]
 
 
 def seconds_since(moment: str) -> float:

@@ -17,11 +17,12 @@ from batchkit.errors import UsageError
 from batchkit.feeds import Feed
 from batchkit.handover import Cost, Pace, Settings
 from batchkit.limits import OWN, who_runs
+from batchkit.manifests import Seal
 from batchkit.packing import Packer
 from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.services import Services
 from batchkit.targets import Target
 from batchkit.work import Leases

@@ -13,9 +13,10 @@ from batchkit.batches import PassingError, RefusedError, Service
 from batchkit.errors import RunBusyError, UsageError
 from batchkit.feeds import Feed
 from batchkit.handover import Cost, Settings
+from batchkit.manifests import Seal
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 
 
 class CancelReport(msgspec.Struct, kw_only=True):

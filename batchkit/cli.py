@@ -30,6 +30,7 @@ from batchkit.cli_options import (
 )
 from batchkit.errors import BatchkitError, UsageError
 from batchkit.limits import SERVED
+from batchkit.wording import counted
 
 INTERRUPTED = 130
 """The shell's code for a process ended by SIGINT (128 + 2)."""
@@ -172,7 +173,7 @@ def _discard(run: str, *, yes: bool) -> None:
     if lost and not yes:
         of_others = f" ({reused:,} of them taken over from other runs)" if reused else ""
         click.confirm(
-            f"throw away {cli_messages.counted(lost, 'response')} of {run}{of_others} and begin anew?",
+            f"throw away {counted(lost, 'response')} of {run}{of_others} and begin anew?",
             abort=True,
             err=True,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from batchkit.errors import BatchkitError
+from batchkit.wording import counted
 
 
 def tell_error(exc: BatchkitError) -> None:
@@ -127,7 +128,7 @@ def tell_troubled(report: Any, run: str) -> None:
 
 def tell_merged(summary: Any, *, as_json: bool = False) -> None:
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in summary.verdicts.items() if count)
-    runs = f" of {len(summary.parts)} runs" if summary.parts else ""
+    runs = f" of {counted(len(summary.parts), 'run')}" if summary.parts else ""
     click.echo(f"merged {counted(summary.rows, 'row')}{runs}: {counts}", err=True)
     for gap in summary.gaps:
         click.echo(f"warning: {gap.rows} are in none of the runs", err=True)
@@ -183,14 +184,6 @@ def tell_standing(run: str, summary: Any, report: Any) -> None:
     click.echo(f"{run}: {counted(summary.rows, 'row')}: {counts}{flying}", err=True)
 
 
-def counted_batches(number: int) -> str:
-    return f"{number:,} batch" + ("" if number == 1 else "es")
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def _bytes(number: float) -> str:
     for unit in ("bytes", "KB", "MB", "GB"):
         if number < 1000:
@@ -206,7 +199,7 @@ def tell_cancelled(report: Any, run: str) -> None:
             "what they still put into the bucket is collected, and until then submit sends their requests again",
             err=True,
         )
-    batches = f"cancelled {counted_batches(report.cancelled)}, {counted_batches(report.ended)} had ended; "
+    batches = f"cancelled {counted(report.cancelled, 'batch')}, {counted(report.ended, 'batch')} had ended; "
     click.echo(f"{batches if report.remote else ''}collected {counted(report.collected, 'response')}", err=True)
     if report.in_flight:
         click.echo(f"{counted(report.in_flight, 'request')} not collected yet", err=True)

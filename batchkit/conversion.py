@@ -11,13 +11,13 @@ from batchkit.errors import RowError, UsageError
 from batchkit.images import Given, ImageOptions, Picture
 from batchkit.limits import OWN
 from batchkit.links import Link
+from batchkit.manifests import OUR_NAMES
 from batchkit.measures import RequestTokens, request_tokens
 from batchkit.options import PrepareOptions
 from batchkit.pictures import Pictures
 from batchkit.placeholders import Place
 from batchkit.prompts import MissingImageError, PromptMaker, arrange, text_only
 from batchkit.requests import Documents, RequestMaker, fingerprint
-from batchkit.runs import OUR_NAMES
 from batchkit.tasks import DOCUMENTS_FIELD, Fields, ImageReference, Row, Task
 
 OUR_NAMES_SET = frozenset(OUR_NAMES)
@@ -55,7 +55,7 @@ class Converter:
         self._limits = options.limits
         self.root = image_root
         self._folder = Path(image_root)
-        self._root_is_remote = references.is_remote(image_root)
+        self._root_is_remote = references.is_address(image_root)
         self._batch_format = batch_format
         self._links = options.images == "link"
         self._most_bytes = options.shard_bytes
@@ -173,7 +173,7 @@ class Converter:
         if not row.attached:
             return False
         attached = (one for some in row.attached.values() for one in some)
-        return any(isinstance(one, str) and references.is_remote(one) for one in attached)
+        return any(isinstance(one, str) and references.is_address(one) for one in attached)
 
     def _content(self, task: Task, fetched: Mapping[str, bytes | str]) -> Sequence[str | Picture | Link]:
         """The texts and pictures of the question, in order."""

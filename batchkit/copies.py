@@ -90,7 +90,10 @@ class Copies:
     def _asked_about(self, result: Result) -> list[tuple[int, str]]:
         """The images that a row was asked with, by number: from the row, else from its request."""
         row = result.row
-        request = self._requests.of(result.note.get("custom_id")) if self._requests is not None else None
+        note = result.note
+        request = None
+        if self._requests is not None:
+            request = self._requests.of(note.get("custom_id"), same_as=note.get("same_as"))
         if is_request(row):
             request = row
         in_row = self._names.images_in(row)
@@ -160,26 +163,48 @@ class _Requests:
     """The requests of a run, read beside its results, which are in the same order."""
 
     def __init__(self, run: Run) -> None:
-        self._lines = _requests_of(run)
+        self._run = run
+        self._shared: dict[str, tuple[Path, int]] = {}
+        self._shared_before: dict[str, tuple[Path, int]] = {}
+        self._lines = self._read()
         self._next = next(self._lines, None)
 
-    def of(self, custom_id: Any) -> dict[str, Any] | None:
-        """The request of a row; None where it has none."""
+    def of(self, custom_id: Any, *, same_as: Any = None) -> dict[str, Any] | None:
+        """The request of a row, which is that of the earlier row `same_as` where it asks the same; None where it has
+        none."""
+        if same_as is not None:
+            return self._again(same_as)
         if self._next is None or self._next[0] != custom_id:
             return None
         _, line = self._next
         self._next = next(self._lines, None)
         return _decode_request(line)
 
+    def _again(self, custom_id: Any) -> dict[str, Any] | None:
+        place = self._shared.get(custom_id) or self._shared_before.get(custom_id)
+        if place is None:
+            return None
+        path, offset = place
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            return _decode_request(stream.readline())
 
-def _requests_of(run: Run) -> Iterator[tuple[str, bytes]]:
-    for seal in run.seals():
-        path = run.requests_path(seal.shard)
-        if run.bytes_of(path) is None:
-            continue
-        with open_read(str(run.fetch(path))) as lines:
-            for line in lines:
-                yield _decode_id(line).custom_id, line
+    def _read(self) -> Iterator[tuple[str, bytes]]:
+        """All lines. Notes where those are that later rows share, of this shard and of the one before, whose last rows
+        may still be asked about."""
+        for seal in self._run.seals():
+            path = self._run.requests_path(seal.shard)
+            if not seal.requests or self._run.bytes_of(path) is None:
+                continue
+            shared, offset = set(seal.firsts.values()), 0
+            self._shared_before, self._shared = self._shared, {}
+            with open_read(str(self._run.fetch(path))) as lines:
+                for position, line in zip(seal.asking, lines, strict=False):
+                    custom_id = _decode_id(line).custom_id
+                    if position in shared:
+                        self._shared[custom_id] = path, offset
+                    offset += len(line)
+                    yield custom_id, line
 
 
 class _Named(msgspec.Struct, gc=False):

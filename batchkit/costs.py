@@ -8,9 +8,10 @@ from batchkit import outcomes
 from batchkit.counts import Counts
 from batchkit.errors import UsageError
 from batchkit.handover import Cost, Settings
+from batchkit.manifests import Seal, as_ranges
 from batchkit.measures import Totals, request_tokens
 from batchkit.pricing import Prices
-from batchkit.runs import Run, Seal, as_ranges
+from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 
 

@@ -17,9 +17,10 @@ import xxhash
 from batchkit import __version__, outcomes
 from batchkit.errors import BatchkitError
 from batchkit.jobs import OVER, Job
+from batchkit.manifests import Seal
 from batchkit.outcomes import ShardOutcomes, is_due
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import write_whole
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from batchkit.manifests import Seal
 from batchkit.responses import ANSWERS, UnreadableLine, parse
 from batchkit.rounds import Key
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.signatures import hide_bytes
 from batchkit.storage import grew, open_read, write_whole
 

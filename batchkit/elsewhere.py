@@ -23,10 +23,12 @@ import msgspec
 from batchkit import s3
 from batchkit.errors import RunBusyError
 from batchkit.jobs import Attempt, Elsewhere
+from batchkit.manifests import Seal, now
 from batchkit.responses import ANSWERS, UnreadableLine, parse
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run
 from batchkit.signatures import hide_bytes
 from batchkit.storage import open_read, remove, write_whole
+from batchkit.wording import counted
 
 if TYPE_CHECKING:
     from batchkit.resolving import Resolver
@@ -55,9 +57,11 @@ class Gathered(msgspec.Struct, kw_only=True):
         parts = []
         if self.outputs:
             torn = f" ({self.torn} of them cut off in the middle of a line)" if self.torn else ""
-            parts.append(f"collected {self.responses:,} responses of {self.outputs:,} machines elsewhere{torn}")
+            parts.append(
+                f"collected {counted(self.responses, 'response')} of {counted(self.outputs, 'machine')} elsewhere{torn}"
+            )
         if self.expired:
-            parts.append(f"{self.expired:,} attempts elsewhere have expired without an output: they are due again")
+            parts.append(f"expired elsewhere without an output, and due again: {counted(self.expired, 'attempt')}")
         more = [f"… and {len(self.faults) - SHOWN:,} more"] if len(self.faults) > SHOWN else []
         return "\n  ".join(["; ".join(parts), *self.faults[:SHOWN], *more])
 
@@ -292,7 +296,7 @@ def _collect(run: Run, seal: Seal, attempt: Attempt, output: Path, gathered: Gat
     if torn or len(new) < asked:
         end = ", and ends in the middle of a line" if torn else ""
         name = output.relative_to(run.path).as_posix()
-        gathered.note(run, name, f"has {len(new):,} of {asked:,} responses{end}")
+        gathered.note(run, name, f"has {len(new):,} of {counted(asked, 'response')}{end}")
 
 
 def _judged(path: Path) -> dict[str, bool]:

@@ -18,12 +18,14 @@ from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Plan
 from batchkit.errors import BatchkitError
 from batchkit.feeds import Feed
+from batchkit.manifests import Seal
 from batchkit.progress import Progress
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
 from batchkit.rounds import Group, Key, Pool, most_bytes, plan_room
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.sessions import Laid
+from batchkit.wording import counted
 from batchkit.work import Leases, SpeedFile, Work
 
 POLL_SECONDS = 0.25
@@ -142,7 +144,7 @@ class Engines:
         keys = [key for key in group.keys if key in sent]
         self._pool.put_back(laid.rest)
         if lost:
-            self._progress.say(f"{lost:,} requests are not sent: their images cannot be had")
+            self._progress.say(f"not sent, because of images that cannot be had: {counted(lost, 'request')}")
             self._progress.update(lost)
             self._report.responses += lost
             self._report.remaining -= lost
@@ -253,7 +255,7 @@ class Engines:
 
     def _tell_death(self, end: vllm.End, rest: int) -> None:
         self._report.deaths += 1
-        again = f"; {rest:,} requests of this start have no response" if rest else ""
+        again = f"; no response to {counted(rest, 'request')} of this start" if rest else ""
         self._progress.say(f"the engine died: {end.cause.text}{again}")
 
     def _condemn(self, end: vllm.End) -> None:

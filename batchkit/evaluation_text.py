@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from batchkit.evaluation import Evaluation
 from batchkit.figures import Statistics
 from batchkit.scores import WAYS, Score
+from batchkit.wording import counted
 
 SHOWN_ERRORS = 5
 _LONGEST = 40
@@ -15,7 +16,7 @@ _LONGEST = 40
 def as_text(evaluation: Evaluation) -> str:
     found = evaluation.statistics
     counts = ", ".join(f"{verdict} {count:,}" for verdict, count in found.verdicts.items() if count)
-    lines = [f"{found.total_samples:,} rows: {counts}", *_accuracy(found), *_spreads(found), *_errors(found)]
+    lines = [f"{counted(found.total_samples, 'row')}: {counts}", *_accuracy(found), *_spreads(found), *_errors(found)]
     return "\n".join(lines)
 
 

@@ -16,9 +16,11 @@ from batchkit import outcomes
 from batchkit.counts import Counts
 from batchkit.errors import BatchkitError, RunError, UsageError
 from batchkit.jobs import OVER
+from batchkit.manifests import PREPARE_AGAIN, Seal
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import PREPARE_AGAIN, Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import remove
+from batchkit.wording import counted
 
 AHEAD = 4
 """Shards with requests on the disk at once, with `--delete-sent`: that `prepare` is writing comes on top."""
@@ -56,7 +58,7 @@ class Feed:
     @property
     def stage(self) -> str:
         """What is going on while there is nothing to take."""
-        return f"preparing: {self.rows:,} rows"
+        return f"preparing: {counted(self.rows, 'row')}"
 
     @property
     def is_open(self) -> bool:
@@ -199,7 +201,7 @@ def refuse_deleted(
     if wanted:
         names = ", ".join(f"{shard:05d}" for shard in wanted[:5]) + (" …" if len(wanted) > 5 else "")
         raise RunError(
-            f"{run.name}: the requests of {len(wanted)} shards ({names}) were deleted when they had answers "
+            f"{run.name}: the requests of {counted(len(wanted), 'shard')} ({names}) were deleted when they had answers "
             "(--delete-sent)",
             hint=f"{PREPARE_AGAIN}; then the same command again",
         )
@@ -210,7 +212,8 @@ def refuse_lost(run: Run, seals: Iterable[Seal]) -> None:
     gone = [seal.shard for seal in seals if seal.requests and run.bytes_of(run.requests_path(seal.shard)) is None]
     if gone:
         raise RunError(
-            f"{run.name}: the requests of {len(gone)} shards were deleted when they had answers (--delete-sent)",
+            f"{run.name}: the requests of {counted(len(gone), 'shard')} were deleted when they had answers "
+            "(--delete-sent)",
             hint="keep the answers; or prepare the task file into a new run, and submit that",
         )
 

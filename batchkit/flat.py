@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import msgspec
 
 from batchkit.errors import RowError, UsageError
+from batchkit.manifests import Seal
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS
 from batchkit.results import Result, ResultEncoder
-from batchkit.runs import Seal
 from batchkit.storage import open_read
 from batchkit.tasks import DEFAULT_ID_FIELD, DEFAULT_IMAGE_FIELD, parse_object
 from batchkit.vlmevalkit import ID_FIELDS as VLMEVALKIT_ID_FIELDS

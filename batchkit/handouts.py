@@ -21,13 +21,15 @@ from batchkit.errors import RunBusyError, RunError, UsageError
 from batchkit.feeds import select
 from batchkit.jobs import Attempt
 from batchkit.limits import SERVED
+from batchkit.manifests import PREPARE_AGAIN, Seal
 from batchkit.parcels import pooling
 from batchkit.presigning import Signer
 from batchkit.progress import Progress, Silent
 from batchkit.resolving import Resolver
-from batchkit.runs import PREPARE_AGAIN, Run, Seal
+from batchkit.runs import Run
 from batchkit.scripts import Command
 from batchkit.storage import write_whole
+from batchkit.wording import counted
 
 MODULE = "vllm.entrypoints.openai.run_batch"
 """In every vLLM from 0.10 to 0.33."""
@@ -106,7 +108,7 @@ def hand_out(
     seals = {seal.shard: seal for seal in run.seals()}
     chosen = select(list(seals.values()), shards)
     if run.prepared() is None:
-        progress.say(f"warning: prepare has not finished; giving out of the {len(seals)} shards that it sealed")
+        progress.say(f"warning: prepare has not finished; giving out of what it sealed, {counted(len(seals), 'shard')}")
     sessions.recover(run, seals)
     tell(elsewhere.gather(run, seals, close=not again), progress)
     args = _arguments(run, chosen, engine_args)

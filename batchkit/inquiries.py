@@ -11,7 +11,8 @@ from batchkit.attempts import seconds_since
 from batchkit.batches import Batch, PassingError, RefusedError, Service
 from batchkit.errors import ServiceError
 from batchkit.jobs import Attempt, Elsewhere, Job, Remote
-from batchkit.runs import Run, Seal
+from batchkit.manifests import Seal
+from batchkit.runs import Run
 
 
 class BatchStatus(msgspec.Struct, kw_only=True):

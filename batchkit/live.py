@@ -20,6 +20,7 @@ import msgspec
 from batchkit.client import Call, Reply
 from batchkit.errors import StorageError
 from batchkit.jobs import OVER, Attempt
+from batchkit.manifests import Seal, now
 from batchkit.measures import request_tokens
 from batchkit.parcels import is_foreign
 from batchkit.progress import Progress
@@ -27,7 +28,7 @@ from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolved, Resolver, fault_line
 from batchkit.responses import ANSWERS, UnreadableLine, decode, parse
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run
 from batchkit.shardfiles import request_views
 from batchkit.signatures import hide_bytes
 from batchkit.storage import cut_torn_line, grew, settle, sync_folder

@@ -18,12 +18,14 @@ from batchkit.feeds import Feed
 from batchkit.handover import Settings
 from batchkit.limits import LIMITS
 from batchkit.live import Live
+from batchkit.manifests import now
 from batchkit.progress import Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
-from batchkit.runs import Run, now
+from batchkit.runs import Run
 from batchkit.serving import Serving
+from batchkit.wording import counted
 from batchkit.work import Leases, Scan
 
 BACKENDS = frozenset({"server", "vllm"})
@@ -159,7 +161,7 @@ def ask_servers(
     report = SubmitReport()
     with Leases(run, feed.leave) as leases:
         if recovered := live.recover(run, feed.seals, BACKENDS, leases):
-            progress.say(f"went on with {recovered} shards that an earlier batchkit left in the middle")
+            progress.say(f"went on with {counted(recovered, 'shard')} that an earlier batchkit left in the middle")
         due = Scan(run, feed.chosen, attempts=common.attempts, retry=common.retry, only=common.only).due
         due = due if common.limit is None else min(due, common.limit)
         progress.grow(due)

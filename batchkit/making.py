@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from batchkit.errors import RunError
 from batchkit.feeds import Feed, StoppedError
+from batchkit.manifests import Seal
 from batchkit.progress import BoardRow, Progress
-from batchkit.runs import Seal
 from batchkit.tallies import Report
 
 WAIT_SECONDS = 0.2

@@ -20,12 +20,13 @@ from batchkit.billing import Billing
 from batchkit.errors import UsageError
 from batchkit.flat import check_flat, fields_of
 from batchkit.jobs import Attempt
+from batchkit.manifests import Seal
 from batchkit.outcomes import files_of
 from batchkit.outputs import Outputs, Places, place_of, places
 from batchkit.parts import Parts, Span, open_all
 from batchkit.pieces import Encoding, Form, Order
 from batchkit.progress import Progress, Silent
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.s3 import is_s3
 from batchkit.storage import is_remote
 from batchkit.summaries import Summary

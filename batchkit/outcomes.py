@@ -17,8 +17,9 @@ from msgspec import structs
 from batchkit.answers import ParseError, Parser, parser
 from batchkit.errors import RunError
 from batchkit.jobs import OVER, TRIED, Attempt
+from batchkit.manifests import PREPARE_AGAIN, Rejection, Seal
 from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, Verdict, choose, parse
-from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import open_read
 
 _decode_ids = msgspec.json.Decoder(str).decode_lines

@@ -16,10 +16,11 @@ from batchkit import calls
 from batchkit.batches import Service
 from batchkit.errors import RowError
 from batchkit.handover import Cost
+from batchkit.manifests import as_ranges
 from batchkit.measures import Totals, request_tokens
 from batchkit.parcels import Parcel
 from batchkit.resolving import Resolver
-from batchkit.runs import Run, as_ranges
+from batchkit.runs import Run
 from batchkit.storage import write_whole
 
 

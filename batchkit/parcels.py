@@ -10,7 +10,8 @@ import msgspec
 
 from batchkit.endpoints import endpoint_at
 from batchkit.limits import Limits
-from batchkit.runs import Run, Seal, as_ranges
+from batchkit.manifests import Seal, as_ranges
+from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 from batchkit.shards import pack
 

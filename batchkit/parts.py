@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batchkit.errors import UsageError
-from batchkit.runs import Run, Seal
+from batchkit.manifests import Seal
+from batchkit.runs import Run
 from batchkit.storage import is_plain_local
 from batchkit.summaries import Gap, Part
 

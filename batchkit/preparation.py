@@ -16,13 +16,14 @@ from batchkit import references, resizing
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import InputError, RunError, UsageError
 from batchkit.inputs import Source, open_source
+from batchkit.manifests import FORMAT, Input, Manifest, Rejection, Seal, now
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.pricing import estimate
 from batchkit.progress import Progress, Silent
 from batchkit.provision import with_images
 from batchkit.resolutions import Survey
 from batchkit.reuse import KnownAnswers, named, open_known
-from batchkit.runs import FORMAT, Input, Manifest, Rejection, Run, Seal, now
+from batchkit.runs import Run
 from batchkit.shardfiles import IdsSeen, ShardDraft, ShardWriter, intact_seals, remove_leftovers, rows_unchanged
 from batchkit.shards import Cutter
 from batchkit.storage import is_remote, shown
@@ -188,7 +189,7 @@ def _shrinks(options: PrepareOptions) -> bool:
 
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
-    if options.image_root is not None and references.is_remote(options.image_root):
+    if options.image_root is not None and references.is_address(options.image_root):
         return shown(options.image_root).removesuffix("/")
     if options.image_root is None and is_remote(source.uri) and source.format != "hf":
         return shown(source.uri).rpartition("/")[0]

@@ -14,8 +14,9 @@ from batchkit.errors import RunBusyError
 from batchkit.feeds import Feed
 from batchkit.handover import Settings
 from batchkit.limits import Limits
+from batchkit.manifests import Seal
 from batchkit.parcels import Parcel
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.work import Leases
 
 

@@ -12,7 +12,8 @@ _MARK = re.compile(rb"://|\\/|\\u003[aA]|\\u002[fF]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
 
 
-def is_remote(reference: str) -> bool:
+def is_address(reference: str) -> bool:
+    """Whether an image can be fetched from there. Any other scheme (`data:`, `file:`) is none."""
     return reference[:8].lower().startswith(REMOTE)
 
 
@@ -22,8 +23,8 @@ def remote(reference: str | bytes, root: str) -> str | None:
     if isinstance(reference, bytes):
         return None
     if "://" in reference:
-        return reference if is_remote(reference) else None
-    if not is_remote(root) or reference.startswith(("/", "data:")):
+        return reference if is_address(reference) else None
+    if not is_address(root) or reference.startswith(("/", "data:")):
         return None
     if root.startswith("s3://"):
         return _below(root, reference)
@@ -54,7 +55,7 @@ def shown(reference: str) -> str:
         return reference.partition(",")[0][:60] + ",…"
     if "://" in reference and not reference.startswith("s3://"):  # in a key, a question mark is a letter
         reference = reference.partition("?")[0]
-    if is_remote(reference) and "@" in _host(reference):
+    if is_address(reference) and "@" in _host(reference):
         reference = reference.replace(_host(reference), _host(reference).rpartition("@")[2], 1)
     if len(reference) > 64 and _BASE64.fullmatch(reference):
         return f"(base64, {len(reference):,} characters, of no image format that is known by its beginning)"

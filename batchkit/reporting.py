@@ -13,8 +13,10 @@ from batchkit.counts import Counts
 from batchkit.errors import StorageError
 from batchkit.inquiries import BatchStatus
 from batchkit.jobs import OVER, Job
+from batchkit.manifests import Seal
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
+from batchkit.wording import counted
 
 
 class ShardStatus(msgspec.Struct, kw_only=True):
@@ -107,7 +109,8 @@ def as_text(status: Status) -> str:
     done = sum(shard.state == "done" for shard in status.shards)
     lines = [
         f"{status.run}: {status.model} on {status.backend}",
-        f"{status.rows:,} rows, {status.requests:,} requests; {done:,} of {len(status.shards):,} shards done"
+        f"{counted(status.rows, 'row')}, {counted(status.requests, 'request')}; "
+        f"{done:,} of {counted(len(status.shards), 'shard')} done"
         + ("" if status.prepared else "; prepare has not finished"),
         ", ".join(f"{name} {count:,}" for name, count in status.verdicts.items() if count) or "no rows",
     ]

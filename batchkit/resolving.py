@@ -25,10 +25,11 @@ from batchkit.fetching import NOT_NOW
 from batchkit.images import ImageOptions
 from batchkit.jobs import Attempt
 from batchkit.limits import Limits
+from batchkit.manifests import Seal, as_ranges, now
 from batchkit.presigning import Presigner, Signer
 from batchkit.references import shown
 from batchkit.requests import data_url
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.runs import Run
 from batchkit.shardfiles import request_views
 from batchkit.storage import write_whole
 

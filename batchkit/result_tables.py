@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from batchkit.errors import StorageError, UsageError
-from batchkit.runs import OUR_NAMES
+from batchkit.manifests import OUR_NAMES
 from batchkit.storage import BUFFER_BYTES, read_lines, write_compressed, write_whole
 
 MOST_COLUMNS = 10_000

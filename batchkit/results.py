@@ -12,9 +12,9 @@ import msgspec
 
 from batchkit.answers import ParseError, Parser, parser
 from batchkit.errors import UsageError
+from batchkit.manifests import OUR_NAMES, Seal
 from batchkit.outcomes import Outcome
 from batchkit.responses import Response, Verdict
-from batchkit.runs import OUR_NAMES, Seal
 
 _ANSWERED, _TRUNCATED, _REFUSED = Verdict.ANSWERED, Verdict.TRUNCATED, Verdict.REFUSED
 _INVALID, _CONFLICTING, _REJECTED = Verdict.INVALID, Verdict.CONFLICTING, Verdict.REJECTED

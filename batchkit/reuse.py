@@ -15,11 +15,12 @@ from batchkit import elsewhere, outcomes
 from batchkit.answers import ParseError, parser
 from batchkit.conversion import Converted
 from batchkit.errors import RunError, StorageError, UsageError
+from batchkit.manifests import Seal, as_ranges
 from batchkit.outcomes import Outcome
 from batchkit.progress import Progress
 from batchkit.requests import fingerprint
 from batchkit.responses import ANSWERS, UnreadableLine, Verdict, parse
-from batchkit.runs import Run, Seal, as_ranges
+from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 from batchkit.storage import is_remote, open_read
 from batchkit.takeovers import Answer, checksum

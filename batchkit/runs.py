@@ -1,186 +1,34 @@
 """The run directory: the only state that batchkit has. Its layout is in docs/architecture.md.
 
 Whole files are written aside and renamed. `rows/` and `requests/` can be made again and are guarded by checksums;
-`jobs/` and `responses/` cannot and are fsynced. Positions are zero-based row numbers in the task file (blank lines
-are not rows); ranges are half-open, `[start, end)`.
+`jobs/` and `responses/` cannot and are fsynced. What stands in its files is in `manifests` and `jobs`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
-
-from batchkit import leases, mirrors, s3, storage, twins
+from batchkit import leases, mirrors, s3, storage
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Job
-from batchkit.limits import CHAT
-from batchkit.links import Links
-from batchkit.measures import Totals
+from batchkit.manifests import FORMAT, PREPARE_AGAIN, Manifest, Prepared, Seal, as_json, now, read
 from batchkit.storage import open_read, read_lines, write_whole
-
-FORMAT = 1
-"""Version of the layout. A run of another version is refused."""
+from batchkit.wording import counted
 
 FOLDERS = ("rows", "requests", "jobs", "responses")
-
-OUR_NAMES = ("model", "raw_response", "parsed_answer", "error", "batchkit")
-"""The fields that a result adds to its row, in this order."""
-
-
-class Input(msgspec.Struct, frozen=True, kw_only=True):
-    """The task file as it was. `modified` is its mtime in ns, None where the storage has none. `fingerprint` tells
-    inputs of one size apart, on another machine too: a checksum of places spread over a file, the version (ETag) of an
-    object, a dataset's own."""
-
-    uri: str
-    bytes: int
-    modified: int | None = None
-    fingerprint: str | None = None
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`image_libraries` are what images are made smaller with, by name and version; empty where none are."""
-
-    format: int
-    batchkit: str
-    created: str
-    input: Input
-    model: str
-    backend: str
-    options: dict[str, Any]
-    image_libraries: str = ""
-
-    @property
-    def url(self) -> str:
-        """The endpoint of the requests, where batchkit made them."""
-        return str(self.options.get("url", CHAT))
-
-    @property
-    def has_links(self) -> bool:
-        """Whether the requests name images by their addresses, which `submit` resolves."""
-        return self.options.get("images") == "link"
-
-    @property
-    def response_schema(self) -> dict[str, Any] | None:
-        """What answers must match, None where anything goes."""
-        return self.options.get("response_schema")
-
-
-class Rejection(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that could not become a request. `line` counts from 1; `message` names file, line and reason."""
-
-    position: int
-    line: int
-    custom_id: str
-    code: str
-    message: str
-
-
-class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """What `requests/NNNNN.json` says of a finished shard: rows `[start, end)` of the task file.
-
-    `requests` counts the lines of its file: rows that were rejected, or ask what another one of the shard asks
-    (`twins`, as the module of this name writes them), have none there. `pixels` sums the decoded pixels of all images:
-    what an engine that decodes them all at once needs memory for. `next_line` and `next_offset` are where the input
-    goes on behind the shard (line from 1, offset in bytes). `names_in_use` are the fields of a result that rows of the
-    shard have already. `tokens` estimates what the requests take, where a provider bills them. `reused` counts the
-    requests whose answers `prepare` took over, by the run that they are from; `tokens_to_send` are those of the others,
-    where there are any reused ones. `attached_checksum` is of the images that came with the rows, beside their JSON.
-    `links` are the images that the requests name, where they do.
-    """
-
-    shard: int
-    start: int
-    end: int
-    requests: int
-    rejected: list[Rejection]
-    rows_bytes: int
-    requests_bytes: int
-    pixels: int
-    rows_checksum: str
-    ids_checksum: str
-    requests_checksum: str
-    next_line: int
-    next_offset: int
-    names_in_use: list[str] = []
-    tokens: Totals | None = None
-    reused: dict[str, int] = {}
-    tokens_to_send: Totals | None = None
-    attached_checksum: str = ""
-    twins: str = ""
-    links: Links | None = None
-
-    @property
-    def firsts(self) -> dict[int, int]:
-        """The positions of rows that ask what an earlier one asks → that one, whose request is sent for them, too."""
-        return twins.from_text(self.twins)
-
-    @property
-    def asking(self) -> Sequence[int]:
-        """The positions of rows that have a request of their own, in the order of the file's lines."""
-        rows, others = range(self.start, self.end), {rejection.position for rejection in self.rejected}
-        others |= self.firsts.keys()
-        return [position for position in rows if position not in others] if others else rows
-
-    def ranges(self, positions: Iterable[int]) -> list[tuple[int, int]]:
-        """Ascending positions of requests as half-open ranges, in which rows without a request may lie: so they are few
-        where every other row has none."""
-        wanted, ranges, goes_on = set(positions), list[tuple[int, int]](), False
-        for position in self.asking:
-            if position in wanted:
-                start = ranges.pop()[0] if goes_on else position
-                ranges.append((start, position + 1))
-            goes_on = position in wanted
-        return ranges
-
-
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """What `prepared.json` says: totals, and which of our result fields the rows already use."""
-
-    shards: int
-    rows: int
-    requests: int
-    rejected: int
-    rows_bytes: int
-    requests_bytes: int
-    names_in_use: list[str]
-    finished: str
-
 
 LOOK_SECONDS = 10.0
 SETTLED_NS = 2_000_000_000
 """A folder that was changed less than this ago may be changed again without its time showing it."""
 
-PREPARE_AGAIN = "prepare again with the same options: what is missing or damaged is made anew"
-
 _RESPONSES = re.compile(r"(\d{5}|[1-9]\d{5,})\.(\d+)\.jsonl")
-
-T = TypeVar("T")
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the millisecond."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
-
-
-def as_ranges(positions: Iterable[int]) -> list[tuple[int, int]]:
-    """Ascending positions as half-open ranges: [3, 4, 7] → [(3, 5), (7, 8)]."""
-    ranges: list[tuple[int, int]] = []
-    for position in positions:
-        if ranges and ranges[-1][1] == position:
-            ranges[-1] = (ranges[-1][0], position + 1)
-        else:
-            ranges.append((position, position + 1))
-    return ranges
 
 
 class Run:
@@ -225,7 +73,7 @@ class Run:
             if (root / "manifest.json").is_file():
                 return cls._opened(root)
             with write_whole(root / "manifest.json", durable=True) as stream:
-                stream.write(_pretty(manifest))
+                stream.write(as_json(manifest))
         return cls(root, manifest)
 
     @classmethod
@@ -246,7 +94,7 @@ class Run:
                 f"{name}: not a run directory (it has no manifest.json)",
                 hint=f"batchkit prepare TASKS {name} --model MODEL",
             )
-        found = _read(manifest_path, dict[str, Any])
+        found = read(manifest_path, dict[str, Any])
         if found.get("format") != FORMAT:
             raise RunError(
                 f"{storage.shown(manifest_path)}: format {found.get('format')!r}, "
@@ -256,7 +104,7 @@ class Run:
         with contextlib.suppress(OSError):  # a run may be read where it cannot be written
             for folder in FOLDERS:  # empty ones get lost on the way through git, zip or S3
                 (root / folder).mkdir(exist_ok=True)
-        return cls(root, _read(manifest_path, Manifest))
+        return cls(root, read(manifest_path, Manifest))
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
@@ -322,14 +170,14 @@ class Run:
 
     def write_seal(self, seal: Seal) -> None:
         with write_whole(self.seal_path(seal.shard)) as stream:
-            stream.write(_pretty(seal))
+            stream.write(as_json(seal))
 
     def seals(self) -> Iterator[Seal]:
         """The sealed shards, in order. Raises `RunError` where one is damaged, or lost of a finished preparation."""
         prepared = self.prepared()
         shard, end = 0, None
         while (path := self.seal_path(shard)).exists():
-            seal = _read(path, Seal, hint=PREPARE_AGAIN)
+            seal = read(path, Seal, hint=PREPARE_AGAIN)
             if end is not None and seal.start != end:
                 raise RunError(
                     f"{storage.shown(path)}: begins at row {seal.start}, not {end}: it is damaged", hint=PREPARE_AGAIN
@@ -337,12 +185,14 @@ class Run:
             yield seal
             shard, end = shard + 1, seal.end
         if prepared is not None and shard < prepared.shards:
-            raise RunError(f"{storage.shown(path)}: is missing, of {prepared.shards:,} shards", hint=PREPARE_AGAIN)
+            raise RunError(
+                f"{storage.shown(path)}: is missing, of {counted(prepared.shards, 'shard')}", hint=PREPARE_AGAIN
+            )
 
     def seal(self, shard: int) -> Seal | None:
         """The seal of one shard; None where it has none that can be read."""
         with contextlib.suppress(RunError):
-            return _read(self.seal_path(shard), Seal)
+            return read(self.seal_path(shard), Seal)
         return None
 
     def read_ids(self, seal: Seal) -> list[str]:
@@ -359,12 +209,12 @@ class Run:
 
     def write_prepared(self, prepared: Prepared) -> None:
         with write_whole(self.path / "prepared.json", durable=True) as stream:
-            stream.write(_pretty(prepared))
+            stream.write(as_json(prepared))
 
     def prepared(self) -> Prepared | None:
         """The totals, or None while `prepare` has not finished."""
         path = self.path / "prepared.json"
-        return _read(path, Prepared) if path.exists() else None
+        return read(path, Prepared) if path.exists() else None
 
     # -- what submit writes --------------------------------------------------------------------------------------
 
@@ -374,7 +224,7 @@ class Run:
     def job(self, shard: int) -> Job:
         """The shard's attempts so far: an empty job where it was never sent."""
         path = self.job_path(shard)
-        return _read(path, Job) if path.exists() else Job(shard=shard)
+        return read(path, Job) if path.exists() else Job(shard=shard)
 
     def next_attempt(self, shard: int) -> int:
         """A number that no attempt at the shard, and no file of responses, bears yet."""
@@ -384,7 +234,7 @@ class Run:
 
     def write_job(self, job: Job) -> None:
         with write_whole(self.job_path(job.shard), durable=True) as stream:
-            stream.write(_pretty(job))
+            stream.write(as_json(job))
 
     def cancel(self) -> None:
         """Tell a `submit` that waits, here or elsewhere, to send nothing more."""
@@ -496,14 +346,3 @@ def _response_files(folder: Path, beginning: str = "") -> dict[int, list[tuple[i
         if match := _RESPONSES.fullmatch(name):
             found.setdefault(int(match[1]), []).append((int(match[2]), folder / name))
     return {shard: sorted(files) for shard, files in found.items()}
-
-
-def _pretty(value: Any) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
-
-
-def _read(path: Path, kind: type[T], *, hint: str = "restore the file from a copy of the run") -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as exc:
-        raise RunError(f"{storage.shown(path)}: damaged: {exc}", hint=hint) from exc

@@ -1,4 +1,4 @@
-"""Objects in S3 and whatever speaks its protocol: the only user of boto3, whose errors end here.
+"""Objects in S3 and whatever speaks its protocol: all clients of boto3 are made here, and its errors end here.
 
 Where the servers are, who we are and how we show it is found as boto3 finds it: `AWS_ENDPOINT_URL_S3`,
 `AWS_ENDPOINT_URL`, `AWS_PROFILE`, `AWS_REGION`, `~/.aws`, the machine's role. An object is named `s3://BUCKET/KEY`.
@@ -87,19 +87,19 @@ def _connection() -> tuple[Any, Any]:
     key = (os.getpid(), secret, tuple(os.environ.get(name) for name in _NAMES))
     with _making:
         if key not in _clients:
-            session = boto3_session()
+            session = make_session()
             _clients[key] = make_client(session), session
         return _clients[key]
 
 
-def boto3_session() -> Any:
+def make_session() -> Any:
     import boto3
 
     return boto3.session.Session()
 
 
-def make_client(session: Any = None) -> Any:
-    """A client of one's own."""
+def make_client(session: Any) -> Any:
+    """A client of one's own, as `client` is."""
     from botocore.config import Config
 
     config = Config(
@@ -112,7 +112,7 @@ def make_client(session: Any = None) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return (session or boto3_session()).client("s3", config=config)
+    return session.client("s3", config=config)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from batchkit import __version__
+from batchkit.wording import counted
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +39,7 @@ def as_shell(run: str, commands: Sequence[Command]) -> str:
     until = min((command.expires for command in commands), default="")
     lines = [
         "#!/bin/sh",
-        f"# vLLM's batch runner on {len(shards)} shards of {_comment(run)}, by batchkit {__version__}.",
+        f"# vLLM's batch runner on {counted(len(shards), 'shard')} of {_comment(run)}, by batchkit {__version__}.",
         f"# The URLs hold until {until or '(there are none)'}. Until then whoever has this file can use them: keep it.",
         "# sh FILE does all shards one after another, sh FILE 3 only shard 3.",
         f"# Slurm: sbatch --array={numbers.replace(' ', ',')} --gres=gpu:1 --wrap 'sh FILE $SLURM_ARRAY_TASK_ID'",

@@ -20,14 +20,16 @@ from batchkit.fetching import NOT_NOW
 from batchkit.handover import Cost, Settings
 from batchkit.jobs import OVER, Attempt, Remote
 from batchkit.limits import Limits
+from batchkit.manifests import Seal
 from batchkit.packing import Packed, Packer
 from batchkit.parcels import Parcel
 from batchkit.progress import BoardRow, Progress
 from batchkit.queues import Queue
 from batchkit.reports import SubmitReport
 from batchkit.resolving import record
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.watches import Clerk, Event, Watch
+from batchkit.wording import counted
 from batchkit.work import Leases
 
 TOKEN_WAITS = 4
@@ -112,6 +114,7 @@ class Services:
 
     def _take_up(self) -> None:
         """Go on with the attempts that an earlier process left."""
+        attempts.clean_up_all(self._run)
         for seal in self._seals:
             if any(attempt.at_provider for attempt in self._run.job(seal.shard).attempts) and self._queue.hold(seal):
                 attempts.clean_up(self._run, seal.shard)
@@ -162,7 +165,9 @@ class Services:
             self._report.responses += lost
             self._report.passing += sum(fault.code == NOT_NOW for fault in packed.faults.values())
             self._progress.update(lost)
-            self._progress.say(f"shard {seal.shard}: {lost:,} requests are not sent: their images cannot be had")
+            self._progress.say(
+                f"shard {seal.shard}: not sent, because of images that cannot be had: {counted(lost, 'request')}"
+            )
             self._release()
         return None
 
@@ -317,7 +322,9 @@ class Services:
         found = outcomes.load(self._run, tracked.seal)
         again = outcomes.to_retry(found, tracked.positions, attempts=self._settings.attempts)
         if again and not self._stopped:
-            self._progress.say(f"{tracked.label}: {len(again):,} requests expired or failed in passing, and go again")
+            self._progress.say(
+                f"{tracked.label}: {counted(len(again), 'request')} expired or failed in passing; once more"
+            )
         self._queue.put_back(tracked.seal, again)
 
     def _set_aside(self, tracked: Tracked, event: Event) -> None:

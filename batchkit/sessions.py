@@ -30,9 +30,10 @@ from batchkit.backends import vllm
 from batchkit.division import Collected, Division, Part, Plan
 from batchkit.errors import RowError, RunBusyError
 from batchkit.jobs import OVER, Attempt
+from batchkit.manifests import Seal, now
 from batchkit.resolving import Resolved, Resolver, record
 from batchkit.rounds import Key
-from batchkit.runs import Run, Seal, now
+from batchkit.runs import Run
 from batchkit.shardfiles import request_lines
 from batchkit.storage import settle, sync_folder, write_whole
 

@@ -17,8 +17,9 @@ import xxhash
 from batchkit import twins
 from batchkit.errors import RunError, StorageError
 from batchkit.links import Links
+from batchkit.manifests import PREPARE_AGAIN, Rejection, Seal
 from batchkit.measures import Totals
-from batchkit.runs import PREPARE_AGAIN, Rejection, Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import open_read, remove, shown, write_large, write_whole
 from batchkit.takeovers import Answer, Taken, standing, take_over
 from batchkit.tasks import FILE_START, Place, Row, make_custom_id, whole

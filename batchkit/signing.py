@@ -65,10 +65,9 @@ class Signer:
     def _look_up(self, bucket: str) -> tuple[str, str]:
         """What the addresses of its objects begin with, and its region: by a request of boto3 that never leaves."""
         if self._credentials is None:
-            import boto3
-
-            self._credentials = boto3.session.Session().get_credentials()
-            self._client = s3.make_client()
+            session = s3.make_session()
+            self._credentials = session.get_credentials()
+            self._client = s3.make_client(session)  # its own: that of all others must send what it is asked for
             self._client.meta.events.register_first("before-send.s3.GetObject", _keep_back)
         try:
             self._client.get_object(Bucket=bucket, Key="k")

@@ -18,9 +18,9 @@ import msgspec
 import xxhash
 
 from batchkit.errors import RowError
+from batchkit.manifests import OUR_NAMES, Rejection, Seal
 from batchkit.outcomes import ShardFiles
 from batchkit.responses import UnreadableLine, parse
-from batchkit.runs import OUR_NAMES, Rejection, Seal
 from batchkit.sheets import Sheet
 from batchkit.spills import Partitions
 from batchkit.storage import BLOCK_BYTES, BUFFER_BYTES

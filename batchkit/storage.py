@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 
+from batchkit import s3
 from batchkit.direct import LargeFile
 from batchkit.errors import InputError, StorageError
 from batchkit.reserving import ReservingFile
@@ -166,11 +167,7 @@ def _open(uri: str) -> BinaryIO:
 
 def _transport(uri: str) -> dict[str, Any]:
     """A client as the environment is now: smart_open's own keeps the credentials that it has seen first."""
-    if not uri.startswith("s3://"):
-        return {}
-    import boto3
-
-    return {"client": boto3.session.Session().client("s3")}
+    return {"client": s3.client()} if s3.is_s3(uri) else {}
 
 
 def _why(exc: Exception, uri: str) -> str:

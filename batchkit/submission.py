@@ -25,16 +25,18 @@ from batchkit.feeds import Feed, refuse_deleted, refuse_lost
 from batchkit.handover import Settings
 from batchkit.limits import SERVED
 from batchkit.live_submission import ServerKeywords, submit_live, submit_served
+from batchkit.manifests import Seal
 from batchkit.parcels import pooling
 from batchkit.progress import Progress, Silent
 from batchkit.reports import SubmitReport
 from batchkit.resolving import Resolver
 from batchkit.responses import Verdict
 from batchkit.rounds import Pool
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import remove
 from batchkit.takeovers import reused_in
 from batchkit.targets import SERVICES
+from batchkit.wording import counted
 from batchkit.work import Leases, Scan, Work
 
 BACKENDS = ("vllm", "server", *SERVICES)
@@ -157,9 +159,7 @@ def _run_engines(
     scan = Scan(run, feed.chosen, attempts=settings.attempts, retry=settings.retry, only=settings.only)
     report = SubmitReport(remaining=scan.due + scan.in_flight, unanswered=scan.unanswered, in_flight=scan.in_flight)
     if scan.in_flight:
-        progress.say(
-            f"{scan.in_flight:,} requests are at a batch service, or on a machine elsewhere: they are left to it"
-        )
+        progress.say(f"{counted(scan.in_flight, 'request')} at a batch service, or on a machine elsewhere: left to it")
     with Leases(run, feed.leave) as leases:
         work = Work(
             run,
@@ -280,12 +280,12 @@ def _refuse_in_flight(run: Run, seals: Iterable[int]) -> None:
     )
     if away and not flying:
         raise RunError(
-            f"{run.name}: {away} attempts were given to machines elsewhere, whose work would be in vain",
+            f"{run.name}: {counted(away, 'attempt')} given to machines elsewhere, whose work would be in vain",
             hint=f"batchkit cancel {shlex.quote(run.name)} first",
         )
     if flying:
         raise RunError(
-            f"{run.name}: {flying} batches are under way at a provider, and would be paid for in vain",
+            f"{run.name}: {counted(flying, 'batch')} under way at a provider would be paid for in vain",
             hint=f"batchkit cancel {shlex.quote(run.name)} first",
         )
 
@@ -319,15 +319,15 @@ def _sealed(run: Run, progress: Progress) -> list[Seal]:
     if run.prepared() is None:
         if not seals:
             raise RunError(f"{run.name}: nothing is prepared yet", hint="run the same batchkit prepare again")
-        progress.say(f"warning: prepare has not finished; submitting the {len(seals)} shards that it sealed")
+        progress.say(f"warning: prepare has not finished; submitting what it sealed, {counted(len(seals), 'shard')}")
     return seals
 
 
 def _tell_recovered(recovered: sessions.Recovered, progress: Progress) -> None:
     if recovered.engines:
-        progress.say(f"stopped {recovered.engines} engine(s) that an earlier batchkit left behind")
+        progress.say(f"stopped {counted(recovered.engines, 'engine')} that an earlier batchkit left behind")
     if recovered.responses:
-        progress.say(f"kept {recovered.responses:,} responses of an engine that was interrupted")
+        progress.say(f"kept {counted(recovered.responses, 'response')} of an engine that was interrupted")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ import xxhash
 
 from batchkit.errors import InputError, RunError
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Run, Seal, as_ranges, now
+from batchkit.manifests import Seal, as_ranges, now
+from batchkit.runs import Run
 from batchkit.storage import open_read, remove, write_whole
 
 _MOST_OPEN = 8

@@ -6,10 +6,10 @@ from collections import Counter
 
 import msgspec
 
+from batchkit.manifests import Prepared, Seal, now
 from batchkit.measures import Totals
 from batchkit.pricing import Estimate
 from batchkit.resolutions import Resolution
-from batchkit.runs import Prepared, Seal, now
 
 SHOWN_REJECTIONS = 5
 """So many messages of rejected rows are shown; the seals hold all of them."""

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from batchkit.errors import InputError
+from batchkit.manifests import OUR_NAMES
 from batchkit.responses import Verdict
-from batchkit.runs import OUR_NAMES
 from batchkit.tasks import DEFAULT_IMAGE_FIELD
 
 ANSWER_FIELDS = ("answer", "Final Answer")

@@ -15,10 +15,12 @@ from batchkit.errors import UsageError
 from batchkit.feeds import Feed
 from batchkit.limits import LIMITS, Limits
 from batchkit.links import Links, common_folder
+from batchkit.manifests import Seal
 from batchkit.presigning import UNITS, Presigner, Signer
-from batchkit.references import is_remote
+from batchkit.references import is_address
 from batchkit.resolving import Resolver, Ways
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
+from batchkit.wording import counted
 
 ALLOWED = "--allowed-local-media-path"
 
@@ -64,7 +66,7 @@ def media_args(run: Run, feed: Feed, args: Sequence[str]) -> list[str]:
 def _root(run: Run) -> str | None:
     """Where the run's relative paths begin on this disk."""
     root = str(run.manifest.options.get("image_root") or "")
-    return None if not root or is_remote(root) else os.path.realpath(root)
+    return None if not root or is_address(root) else os.path.realpath(root)
 
 
 def for_engine(run: Run, args: Sequence[str], *, presign: bool) -> contextlib.AbstractContextManager[Resolver | None]:
@@ -131,7 +133,7 @@ def for_elsewhere(
         return contextlib.nullcontext()
     if files := links_of(seals).files:
         raise UsageError(
-            f"{run.name}: names {files:,} images that are files, which machines elsewhere cannot open",
+            f"{run.name}: names {counted(files, 'image')} in files, which machines elsewhere cannot open",
             hint="put the images into a bucket, or prepare without --images link: requests then have them",
         )
     ways = Ways(limits=LIMITS["vllm"], presigner=signer, near=True, private_hosts=_private_hosts(run))

@@ -12,9 +12,10 @@ from batchkit import outcomes
 from batchkit.backends.vllm import End
 from batchkit.counts import Counts, Tally
 from batchkit.errors import RunBusyError, StorageError
+from batchkit.manifests import Seal
 from batchkit.responses import Verdict
 from batchkit.rounds import Key, Room, Speed, Weight, fitting
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.storage import write_whole
 
 MEASURABLE = 20

@@ -17,7 +17,7 @@ from batchkit import clusters, resizing, teams
 from batchkit.arenas import SLOT_BYTES, Arena, Corner
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import BatchkitError, EngineError
-from batchkit.references import is_remote
+from batchkit.references import is_address
 from batchkit.tasks import Row
 
 BLOCK_ROWS = 16
@@ -230,7 +230,7 @@ def _convert_there(token: str, make: Callable[[], Converter], rows: list[Row]) -
         _of_clusters.clear()
         _of_clusters[token] = make()
     root = _of_clusters[token].root
-    if not is_remote(root) and not Path(root).is_dir():
+    if not is_address(root) and not Path(root).is_dir():
         return f"{root} is no folder on {socket.gethostname()}, of the Ray cluster: its images are not seen there"
     return [_of_clusters[token](row) for row in rows]
 

@@ -27,7 +27,8 @@ from PIL import Image
 from report import Report, Table
 
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Run, now
+from batchkit.manifests import now
+from batchkit.runs import Run
 
 PICTURES = 500
 COMMAND = [sys.executable, "-m", "batchkit"]

@@ -19,7 +19,8 @@ import msgspec
 
 from batchkit.conversion import Converted
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Input, Manifest, Prepared, Run, now
+from batchkit.manifests import Input, Manifest, Prepared, now
+from batchkit.runs import Run
 from batchkit.shardfiles import ShardWriter
 from batchkit.tasks import Row, make_custom_id
 

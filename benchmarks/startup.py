@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Run, now
+from batchkit.manifests import now
+from batchkit.runs import Run
 
 COMMAND = [sys.executable, "-m", "batchkit"]
 BARE = [sys.executable, "-c", "pass"]

@@ -10,8 +10,14 @@ from typing import Any
 import xxhash
 
 from batchkit.jobs import Attempt, AttemptState, Job
-from batchkit.runs import OUR_NAMES, Input, Manifest, Prepared, Rejection, Run, Seal
+from batchkit.manifests import OUR_NAMES, Input, Manifest, Prepared, Rejection, Seal
+from batchkit.runs import Run
 from batchkit.tasks import make_custom_id
+
+
+def task_lines(count: int = 30) -> bytes:
+    """A task file whose rows are questions without images."""
+    return b"".join(json.dumps({"id": n, "question": f"q{n}"}).encode() + b"\n" for n in range(count))
 
 
 def response_line(custom_id: str, content: str | None, *, finish: str = "stop", **body: Any) -> bytes:

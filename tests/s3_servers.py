@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import pytest
+
+from batchkit import s3
+
 ACCESS_KEY, SECRET_KEY = "AKIATESTTESTTEST", "wJalrXUtnFEMI-not-to-be-seen-anywhere"
 BUCKET = "bucket"
 
@@ -28,6 +32,36 @@ def environment(url: str, work: Path) -> dict[str, str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "BATCHKIT_WORK_DIR": str(work),
     }
+
+
+class Bucket:
+    """A bucket of one test's own."""
+
+    def __init__(self, name: str, url: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.name = name
+        self.url = url
+        self.folder = folder
+        self._patch = patch
+        self.on("first")
+        s3.client().create_bucket(Bucket=name)
+
+    def on(self, machine: str) -> None:
+        """Go on, on this machine."""
+        for name, value in environment(self.url, self.folder / machine).items():
+            self._patch.setenv(name, value)
+
+    def uri(self, name: str) -> str:
+        return f"s3://{self.name}/{name}"
+
+    def put(self, name: str, body: bytes) -> str:
+        s3.put(self.uri(name), body)
+        return self.uri(name)
+
+    def get(self, name: str) -> bytes:
+        return s3.get(self.uri(name))[0]
+
+    def names(self, prefix: str = "") -> list[str]:
+        return [prefix + found.name for found in s3.listed(self.uri(prefix))]
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def test_500_requests_in_5_batches_of_which_one_expires(tmp_path: Path) -> None:
         submitted = batchkit("submit", run, *options)
         asked = dict(Model.asked)
     assert submitted.returncode == 3, submitted.stderr
-    assert "expired or failed in passing, and go again" in submitted.stderr
+    assert "expired or failed in passing; once more" in submitted.stderr
     merged = batchkit("merge", run)
     assert merged.returncode == 3
 

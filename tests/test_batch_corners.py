@@ -24,13 +24,12 @@ from tests.test_batch_services import (
     assert_paid_once,
     ids_of,
     make_run,
-    provider,
     send,
     states,
     verdicts,
 )
 
-__all__ = ["make_run", "provider"]  # fixtures
+__all__ = ["make_run"]  # a fixture
 
 
 # -- what is paid for is collected -----------------------------------------------------------------------------------

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchkit import batch_submission, cancelling, outcomes
-from batchkit.backends import gemini as gemini_backend
+from batchkit import cancelling, outcomes
 from batchkit.backends import openai as openai_backend
 from batchkit.errors import CredentialsError, RunBusyError, RunError, ServiceError, UsageError
-from batchkit.handover import Pace
 from batchkit.merging import merge
 from batchkit.preparation import prepare
 from batchkit.reports import SubmitReport
@@ -26,17 +24,6 @@ from tests import fake_provider
 from tests.fake_provider import Provider
 
 BACKENDS = ("openai", "gemini")
-
-
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provider]:
-    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
-    monkeypatch.setattr(openai_backend, "RETRIES", 0)
-    monkeypatch.setattr(gemini_backend, "RETRIES", 1)
-    with fake_provider.running() as provider:
-        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
-        monkeypatch.setenv("GEMINI_API_KEY", provider.key)
-        yield provider
 
 
 MakeRun = Callable[..., Run]
@@ -498,7 +485,7 @@ def test_no_resume_is_refused_while_batches_are_under_way(provider: Provider, ma
     provider.polls = 1_000_000
     run = make_run(10)
     send(run, provider, wait=False)
-    with pytest.raises(RunError, match="1 batches are under way"):
+    with pytest.raises(RunError, match="1 batch under way at a provider would be paid for in vain"):
         discard(run)
 
 

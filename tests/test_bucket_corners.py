@@ -20,9 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from batchkit import live_submission, ranges, s3
+from batchkit import ranges, s3
 from batchkit.cli import main
-from batchkit.client import Pacing
 from batchkit.evaluation import evaluate
 from batchkit.inference import infer
 from batchkit.jobs import Attempt, Job
@@ -31,31 +30,12 @@ from batchkit.preparation import prepare
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
-from tests import fake_server, s3_servers
+from tests import s3_servers
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
-from tests.made_runs import response_line
+from tests.made_runs import response_line, task_lines
+from tests.s3_servers import Bucket
 from tests.test_generated_images import BLUE, RED, chat, part
-from tests.test_s3_runs import Bucket, task_lines
-
-
-@pytest.fixture(scope="module")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_servers.moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    name = f"b-{abs(hash(request.node.nodeid)) % 10**12}"
-    return Bucket(name, moto, tmp_path / "machines", monkeypatch)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
-    with fake_server.running() as server:
-        yield server
 
 
 def call(*arguments: str | Path) -> Result:

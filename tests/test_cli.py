@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from batchkit.cli import main
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Run, now
+from batchkit.manifests import now
+from batchkit.runs import Run
 from tests.conftest import WriteTasks
 
 README = Path(__file__).parent.parent / "README.md"

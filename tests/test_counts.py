@@ -9,25 +9,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 import pytest
 
-from batchkit import batch_submission, cancelling, counts, engines, live_submission, outcomes, reporting
-from batchkit.backends import openai as openai_backend
-from batchkit.client import Pacing
+from batchkit import cancelling, counts, engines, outcomes, reporting
 from batchkit.counts import Counts
 from batchkit.errors import RunError, StorageError
-from batchkit.handover import Pace
 from batchkit.jobs import Attempt, Job, Remote
+from batchkit.manifests import Rejection, Seal, now
 from batchkit.preparation import prepare
 from batchkit.responses import ANSWERS, Verdict
-from batchkit.runs import Rejection, Run, Seal, now
+from batchkit.runs import Run
 from batchkit.submission import discard, submit
-from tests import fake_provider, fake_server
 from tests.conftest import WriteTasks
 from tests.fake_provider import Provider
 from tests.fake_server import Server
@@ -330,22 +327,6 @@ def test_a_new_file_of_responses_is_seen_also_in_a_folder_that_was_long_at_rest(
 
 
 # -- through the stages ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
-    with fake_server.running() as server:
-        yield server
-
-
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provider]:
-    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
-    monkeypatch.setattr(openai_backend, "RETRIES", 0)
-    with fake_provider.running() as provider:
-        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
-        yield provider
 
 
 def prepared(write_tasks: WriteTasks, path: Path, backend: str, **options: Any) -> Run:

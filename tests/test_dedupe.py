@@ -6,7 +6,7 @@ import base64
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from batchkit import evaluate, infer, merge, outcomes, plan, prepare, status, su
 from batchkit.cli import main
 from batchkit.errors import RunError
 from batchkit.jobs import Attempt, Job
+from batchkit.manifests import now
 from batchkit.responses import Verdict
-from batchkit.runs import Run, now
+from batchkit.runs import Run
 from tests import fake_server
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
@@ -31,12 +32,6 @@ __all__ = ["fake"]
 
 QUESTIONS = ["a", "b", "a", "a", "c", "b", "a", "d", "d", "d", "a", "c"]
 """Of twelve rows; eight to a shard: a b a a c b a d | d d a c."""
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as one:
-        yield one
 
 
 @pytest.fixture

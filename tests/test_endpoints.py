@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from batchkit.preparation import prepare
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
-from tests import fake_provider, fake_server
+from tests import fake_provider
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
 from tests.test_servers import servers
@@ -63,12 +63,6 @@ def bodies(tmp_path: Path, write_tasks: WriteTasks) -> Bodies:
         return [why[at] if at in why else next(made) for at in range(len(rows))]
 
     return make
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as server:
-        yield server
 
 
 def results_of(run: Path | Run) -> list[dict[str, Any]]:
@@ -446,12 +440,6 @@ def test_openai_is_told_of_a_schema_that_goes_without_strict_mode(write_tasks: W
 # -- a real vLLM -----------------------------------------------------------------------------------------------------
 
 CPU = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
-
-
-@pytest.fixture
-def small_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}.items():
-        monkeypatch.setenv(name, value)
 
 
 def cosine(one: list[float], other: list[float]) -> float:

@@ -31,13 +31,7 @@ ENGINE_ARGS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"
 ENGINE_ARGS += ["--limit-mm-per-prompt", '{"image":2}']
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(autouse=True)
-def small_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}.items():
-        monkeypatch.setenv(name, value)
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), pytest.mark.usefixtures("small_engine")]
 
 
 def tasks(count: int) -> Iterator[dict[str, Any]]:

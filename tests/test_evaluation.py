@@ -26,9 +26,12 @@ from batchkit.distributions import wilson
 from batchkit.errors import InputError, UsageError
 from batchkit.evaluation import Evaluation, evaluate
 from batchkit.merging import merge
+from batchkit.preparation import prepare
 from batchkit.runs import Run
 from batchkit.scores import compare
+from batchkit.submission import submit
 from tests.conftest import WriteTasks
+from tests.fake_server import Server
 from tests.made_runs import MadeRun, failure_line, response_line
 from tests.test_cli import answer_all, call
 from tests.test_generated_images import BLUE, JPEG, RED, chat, files_in, part, text
@@ -528,6 +531,26 @@ def test_images_that_are_not_in_the_rows_are_copied_from_the_requests(tmp_path: 
     copied = files_in(tmp_path / "run" / "evaluation" / "output_images")
     assert {"0/problem_image_1.png", "2/problem_image_1.png"} == copied.keys()
     assert copied["2/problem_image_1.png"] == (RED if name == "t.tsv" else BLUE)
+
+
+@pytest.mark.parametrize(("max_requests", "requests"), [(100, 3), (3, 4)])
+def test_rows_that_share_a_request_get_the_images_that_are_only_there(
+    tmp_path: Path, server: Server, max_requests: int, requests: int
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    asked = [(RED, "one"), (BLUE, "two"), (RED, "one"), (b"no image", "bad"), (RED, "one"), (BLUE, "three")]
+    rows = [{"image": {"bytes": data, "path": None}, "question": question} for data, question in asked]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    options: dict[str, Any] = {"backend": "server", "dedupe": True, "max_requests": max_requests}
+    report = prepare(tmp_path / "t.parquet", tmp_path / "run", model="m", workers=1, **options)
+    assert (report.requests, report.rejected) == (requests, 1)
+    submit(tmp_path / "run", endpoints=[server.url])
+    merge(tmp_path / "run")
+    assert evaluate(tmp_path / "run", copy_images=True).lost == 0
+    copied = files_in(tmp_path / "run" / "evaluation" / "output_images")
+    assert copied == {f"{n}/problem_image_1.png": data for n, (data, _) in enumerate(asked) if n != 3}
 
 
 def test_images_of_rows_that_are_requests_are_copied_and_links_that_may_not_be_fetched_are_named(

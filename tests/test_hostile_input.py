@@ -22,7 +22,10 @@ from batchkit.options import InputFormat
 from batchkit.tasks import FILE_START, Place
 from tests.conftest import WriteTasks
 
-SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(
+    max_examples=settings().max_examples * 2 // 5,  # each writes files
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def outcome(tasks: Path, run: Path, **options: Any) -> list[dict[str, Any]]:

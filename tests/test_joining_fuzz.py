@@ -17,10 +17,11 @@ from batchkit import outcomes, piles, plain, sorting
 from batchkit.billing import Billing
 from batchkit.jobs import Attempt, AttemptState, Job
 from batchkit.joining import join
+from batchkit.manifests import Seal
 from batchkit.outcomes import files_of
 from batchkit.piles import merge_pile
 from batchkit.results import ResultEncoder
-from batchkit.runs import Run, Seal
+from batchkit.runs import Run
 from batchkit.sheets import NoAlbum, Sheet
 from batchkit.summaries import Tally
 from tests.made_runs import MadeRun, response_line

@@ -31,7 +31,9 @@ HEAVY = {
 
 def layers() -> dict[str, int]:
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    return {name: int(layer) for layer, name in TABLE.findall(text)}
+    found = {name: int(layer) for layer, name in TABLE.findall(text)}
+    assert len(found) == len(TABLE.findall(text)), "a module has two rows"
+    return found
 
 
 def modules() -> dict[str, Path]:

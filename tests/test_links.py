@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -38,17 +39,12 @@ from batchkit.submission import submit
 from tests.conftest import WriteTasks
 from tests.fake_provider import Provider
 from tests.fake_server import Server
-from tests.s3_servers import ACCESS_KEY
-from tests.test_batch_services import provider as provider  # noqa: PLC0414  # fixtures
+from tests.s3_servers import ACCESS_KEY, Bucket
 from tests.test_batch_services import send as send_to_service
 from tests.test_live import quick as quick  # noqa: PLC0414
-from tests.test_live import server as server  # noqa: PLC0414
 from tests.test_presign import call, machine  # noqa: F401
 from tests.test_remote_images import Web
 from tests.test_remote_images import web as web  # noqa: PLC0414
-from tests.test_s3_runs import Bucket
-from tests.test_s3_runs import bucket as bucket  # noqa: PLC0414
-from tests.test_s3_runs import moto as moto  # noqa: PLC0414
 from tests.test_submission import Fake
 from tests.test_submission import fake as fake  # noqa: PLC0414
 
@@ -566,6 +562,32 @@ def test_a_file_that_has_to_wait_is_gone_when_submit_ends(
     assert set(provider.paid.values()) == {1}
 
 
+def test_what_a_killed_process_has_left_of_a_file_is_removed_by_the_next_submit(
+    tmp_path: Path, linked: LinkedRun, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = linked([noise(tmp_path / f"{n}.png").name for n in range(4)], backend="openai", max_requests=2)
+    assert send_to_service(run, provider, shards="1/2").sent == 2
+    uploads = run.path / "uploads"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(packing, "request_tokens", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            send_to_service(run, provider)
+        finally:  # a fork must not go on with the tests
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    (aside,) = uploads.iterdir()
+    assert aside.name.startswith(".links-00001.jsonl.")
+    (uploads / "links-00001.jsonl").write_bytes(b"one that waited for its batch")
+    (uploads / "links-100001.jsonl").write_bytes(b"of another shard, which somebody works on")
+    with run.lease("100001"):
+        assert send_to_service(run, provider, shards="1/2").sent == 0
+        assert [path.name for path in uploads.iterdir()] == ["links-100001.jsonl"]
+    assert send_to_service(run, provider).sent == 2
+    assert not list(uploads.iterdir())
+    assert set(provider.paid.values()) == {1}
+
+
 def test_a_file_whose_urls_became_too_old_while_it_waited_is_made_again(
     picture: Picture, linked: LinkedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -809,7 +831,7 @@ def test_an_input_that_nobody_was_given_is_removed_by_the_next_presign(
 
 def test_presign_refuses_a_run_whose_images_are_files(bucket: Bucket, linked: LinkedRun, picture: Picture) -> None:
     run = linked([picture("a.png").name], run=bucket.uri("runs/files"))
-    with pytest.raises(UsageError, match="names 1 images that are files, which machines elsewhere cannot open"):
+    with pytest.raises(UsageError, match="names 1 image in files, which machines elsewhere cannot open"):
         handouts.hand_out(run)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LONGEST_WAIT", 0.02)
     monkeypatch.setattr(rotation, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as server:
-        yield server
 
 
 MakeRun = Callable[..., Run]

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchkit.errors import RunBusyError, RunError, UsageError
+from batchkit.manifests import OUR_NAMES
 from batchkit.merging import merge
 from batchkit.outcomes import Outcome
 from batchkit.responses import ANSWERS, Verdict, parse
 from batchkit.results import ResultEncoder
-from batchkit.runs import OUR_NAMES
 from tests.made_runs import MadeRun, failure_line, response_line
 from tests.shapes import SHAPES
 

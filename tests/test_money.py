@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchkit import batch_submission, preparation
-from batchkit.backends import openai as openai_backend
+from batchkit import preparation
 from batchkit.errors import UsageError
-from batchkit.handover import Pace
 from batchkit.merging import merge
 from batchkit.runs import Run
 from batchkit.submission import submit
-from tests import fake_provider
 from tests.fake_provider import Provider
 from tests.test_batch_services import Listener
 
@@ -25,13 +21,9 @@ GPT_4O_BATCH = (1.25e-6, 5e-6)
 
 
 @pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provider]:
-    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
-    monkeypatch.setattr(openai_backend, "RETRIES", 0)
-    with fake_provider.running() as provider:
-        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
-        monkeypatch.setenv("OPENAI_BASE_URL", f"{provider.url}/v1")
-        yield provider
+def provider(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> Provider:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{provider.url}/v1")
+    return provider
 
 
 def make_run(folder: Path, count: int = 30, **options: Any) -> Run:

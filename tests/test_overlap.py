@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batchkit import batch_submission, client, engines, feeds, live_submission, pipeline, s3, shardfiles
-from batchkit.client import Pacing
+from batchkit import batch_submission, client, engines, feeds, pipeline, s3, shardfiles
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import EngineError, InputError, RunError, UsageError
 from batchkit.handover import Pace
@@ -28,7 +27,7 @@ from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import submit
 from batchkit.tasks import Row
-from tests import fake_provider, fake_server, s3_servers
+from tests import fake_server, s3_servers
 from tests.fake_provider import Provider
 from tests.fake_server import Server
 from tests.test_submission import Fake, install_fake, wait_for
@@ -39,7 +38,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LONGEST_WAIT", 0.02)
-    monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
     monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=0.3, settle=0.3, tokens=0.01))
     monkeypatch.setattr(engines, "POLL_SECONDS", 0.02)
 
@@ -48,18 +46,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def nothing_lives_on() -> Iterator[None]:
     yield
     assert [thread.name for thread in threading.enumerate() if "prepare" in thread.name] == []
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as server:
-        yield server
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with fake_provider.running() as provider:
-        yield provider
 
 
 def write(folder: Path, count: int, *, bad: tuple[int, ...] = (), **others: dict[str, Any]) -> Path:
@@ -137,9 +123,8 @@ def test_an_engine_starts_before_prepare_has_finished(
 
 
 def test_a_batch_is_created_before_prepare_has_finished(
-    tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch, gate: Callable[..., list[int]]
+    tmp_path: Path, provider: Provider, gate: Callable[..., list[int]]
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", provider.key)
     opened = gate(70, lambda: provider.paid)
     summary = run_all(write(tmp_path, 100), tmp_path / "run", backend="openai", base_url=f"{provider.url}/v1")
     assert opened == [70]
@@ -257,7 +242,6 @@ def test_delete_sent_with_an_engine_and_with_batches(
     Fake(tmp_path, monkeypatch)
     tasks = write(tmp_path, 200)
     assert run_all(tasks, tmp_path / "engine", delete_sent=True).verdicts["answered"] == 200
-    monkeypatch.setenv("OPENAI_API_KEY", provider.key)
     options = {"backend": "openai", "base_url": f"{provider.url}/v1", "delete_sent": True}
     assert run_all(tasks, tmp_path / "batches", **options).verdicts["answered"] == 200
     assert len(most) == 40
@@ -288,7 +272,7 @@ def test_deleted_requests_that_are_wanted_again_are_made_again(tmp_path: Path, s
     assert prepare(tasks, tmp_path / "run", **make).already  # type: ignore[arg-type]
     assert requests_left(tmp_path / "run") == [], "prepare alone does not make them again"
     retry = {"retry": frozenset({Verdict.ANSWERED}), "positions": frozenset({25}), "endpoints": [server.url]}
-    with pytest.raises(RunError, match=r"1 shards \(00002\) were deleted") as caught:
+    with pytest.raises(RunError, match=r"1 shard \(00002\) were deleted") as caught:
         submit(tmp_path / "run", **retry)  # type: ignore[arg-type]
     assert "prepare again" in str(caught.value.hint)
     prepare(tasks, tmp_path / "run", **make)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ from tests.fake_provider import Provider
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "batch-services.md"
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with fake_provider.running() as provider:
-        yield provider
 
 
 def clean_environment() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,12 @@ from batchkit.errors import RunError, UsageError
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.summaries import Gap
-from tests import fake_server
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
 from tests.made_runs import failure_line, response_line
 from tests.test_reuse import answer
 
 CUTS = (0, 40, 41, 100)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as one:
-        yield one
 
 
 def rows_of(count: int) -> list[dict[str, Any] | bytes]:

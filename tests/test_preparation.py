@@ -23,9 +23,10 @@ from batchkit.conversion import Converted
 from batchkit.errors import InputError, RunBusyError, RunError, StorageError, UsageError
 from batchkit.jobs import Job
 from batchkit.limits import LIMITS
+from batchkit.manifests import Input, Manifest
 from batchkit.options import PrepareKeywords, PrepareOptions
 from batchkit.piles import merge_pile
-from batchkit.runs import Input, Manifest, Run
+from batchkit.runs import Run
 from batchkit.shardfiles import IdsSeen
 from batchkit.tasks import Row
 from tests.conftest import WriteTasks

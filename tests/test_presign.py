@@ -10,7 +10,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -28,24 +27,12 @@ from batchkit.runs import Run
 from batchkit.submission import discard, submit
 from batchkit.work import Leases
 from tests import s3_servers
-from tests.s3_servers import ACCESS_KEY, SECRET_KEY
-from tests.test_s3_runs import Bucket, task_lines
+from tests.made_runs import task_lines
+from tests.s3_servers import ACCESS_KEY, SECRET_KEY, Bucket
 from tests.test_submission import Fake, install_fake
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
-
-
-@pytest.fixture(scope="module")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_servers.moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    name = f"b-{abs(hash(request.node.nodeid)) % 10**12}"
-    return Bucket(name, moto, tmp_path / "machines", monkeypatch)
 
 
 def prepared(bucket: Bucket, *, rows: int = 30, **options: Any) -> Run:
@@ -342,7 +329,7 @@ def test_cancel_makes_it_due_again_and_no_resume_asks_for_that_first(
 ) -> None:
     run = prepared(bucket)
     script = presign(run, tmp_path)
-    with pytest.raises(RunError, match="3 attempts were given to machines elsewhere") as refused:
+    with pytest.raises(RunError, match="3 attempts given to machines elsewhere") as refused:
         discard(run.name)
     assert refused.value.hint == f"batchkit cancel {run.name} first"
     done = call("cancel", run.name)

@@ -29,6 +29,7 @@ from batchkit.runs import Run
 from batchkit.signing import Signer
 from tests import fake_server, s3_servers
 from tests.conftest import WriteTasks
+from tests.s3_servers import Bucket
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -89,12 +90,6 @@ def web() -> Iterator[Web]:
     web.close()
 
 
-@pytest.fixture(scope="module")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_servers.moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
 @pytest.fixture
 def aws(moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sets what a user sets, for a server: moto, unless told otherwise."""
@@ -105,13 +100,6 @@ def aws(moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
     use(moto)
     return use
-
-
-@pytest.fixture
-def bucket(aws: Callable[[str], None], request: pytest.FixtureRequest) -> str:
-    name = f"b-{abs(hash(request.node.nodeid)) % 10**12}"
-    s3.client().create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture(autouse=True)
@@ -148,14 +136,21 @@ def prepared(tasks: Path | str, run: Path, **options: Any) -> Any:
 
 
 def test_a_thousand_images_in_a_bucket_are_fetched_once_each_and_sent_as_local_ones_are(
-    *, bucket: str, web: Web, moto: str, aws: Any, picture: Callable[..., Path], write_tasks: WriteTasks, tmp_path: Path
+    *,
+    bucket: Bucket,
+    web: Web,
+    moto: str,
+    aws: Any,
+    picture: Callable[..., Path],
+    write_tasks: WriteTasks,
+    tmp_path: Path,
 ) -> None:
     for number in range(1000):
         path = picture(f"photos/{number}.png", colour=f"#{number:06x}")
-        s3.put(f"s3://{bucket}/photos/{number}.png", path.read_bytes())
+        bucket.put(f"photos/{number}.png", path.read_bytes())
     rows = [{"id": n, "image": f"photos/{n % 1000}.png", "question": "?"} for n in range(1200)]
     local = prepared(write_tasks(rows), tmp_path / "local")
-    there = [{**row, "image": f"s3://{bucket}/{row['image']}"} for row in rows]
+    there = [{**row, "image": f"s3://{bucket.name}/{row['image']}"} for row in rows]
     web.behind = moto
     aws(web.url)
     report = prepared(write_tasks(there, "there.jsonl"), tmp_path / "run", workers=2)
@@ -185,24 +180,24 @@ def test_rows_and_their_identity_are_those_of_the_task_file(
     "name", ["plain.png", "a#1.png", "100%.png", "what?.png", "%20 x+y&z=ü.png", "deep//er/../x.png"]
 )
 def test_keys_with_any_letters_are_found(
-    name: str, bucket: str, png: bytes, write_tasks: WriteTasks, tmp_path: Path
+    name: str, bucket: Bucket, png: bytes, write_tasks: WriteTasks, tmp_path: Path
 ) -> None:
-    s3.put(f"s3://{bucket}/{name}", png)
-    prepared(write_tasks([{"image": f"s3://{bucket}/{name}", "question": "?"}]), tmp_path / "run")
+    bucket.put(name, png)
+    prepared(write_tasks([{"image": bucket.uri(name), "question": "?"}]), tmp_path / "run")
     assert images_of(sent(tmp_path / "run")[0]) == [png]
 
 
 def test_relative_paths_begin_at_a_remote_root_or_beside_a_remote_task_file(
-    bucket: str, web: Web, png: bytes, write_tasks: WriteTasks, tmp_path: Path
+    bucket: Bucket, web: Web, png: bytes, write_tasks: WriteTasks, tmp_path: Path
 ) -> None:
     line = json.dumps({"image": ["a/b 1.png", "./a/../c.png"], "question": "?"}).encode()
     for name in ("set/a/b 1.png", "set/c.png"):
-        s3.put(f"s3://{bucket}/{name}", png)
-    s3.put(f"s3://{bucket}/set/tasks.jsonl", line)
+        bucket.put(name, png)
+    bucket.put("set/tasks.jsonl", line)
     web.has("/set/a/b%201.png", png)
     web.has("/set/c.png", png)
-    prepared(f"s3://{bucket}/set/tasks.jsonl", tmp_path / "beside")
-    for root in (f"s3://{bucket}/set", f"s3://{bucket}/set/", web.url + "/set"):
+    prepared(bucket.uri("set/tasks.jsonl"), tmp_path / "beside")
+    for root in (bucket.uri("set"), bucket.uri("set/"), web.url + "/set"):
         folder = tmp_path / f"root{len(list(tmp_path.iterdir()))}"
         prepared(write_tasks([line]), folder, image_root=root)
         assert images_of(sent(folder)[0]) == [png, png], root
@@ -408,11 +403,11 @@ def test_what_is_wrong_for_all_images_stops_at_once(
     assert not list(Run.open(tmp_path / "run").seals())
 
 
-def test_a_wrong_bucket_is_one_clear_error(bucket: str, write_tasks: WriteTasks, tmp_path: Path) -> None:
-    tasks = write_tasks([{"image": f"s3://no-such-{bucket}/a.png", "question": "?"}])
+def test_a_wrong_bucket_is_one_clear_error(bucket: Bucket, write_tasks: WriteTasks, tmp_path: Path) -> None:
+    tasks = write_tasks([{"image": f"s3://no-such-{bucket.name}/a.png", "question": "?"}])
     done = CliRunner().invoke(main, ["prepare", str(tasks), str(tmp_path / "run"), "--model", "m"])
     assert done.exit_code == 1
-    assert f"Error: s3://no-such-{bucket}/a.png: there is no bucket no-such-{bucket}" in done.stderr
+    assert f"Error: s3://no-such-{bucket.name}/a.png: there is no bucket no-such-{bucket.name}" in done.stderr
     assert "hint: check its name" in done.stderr
 
 
@@ -567,9 +562,9 @@ def test_relative_names_below_a_bucket_keep_their_slashes_and_lead_out_of_no_buc
 
 
 def test_a_key_with_two_slashes_is_found_beside_its_task_file(
-    bucket: str, png: bytes, write_tasks: WriteTasks, tmp_path: Path
+    bucket: Bucket, png: bytes, write_tasks: WriteTasks, tmp_path: Path
 ) -> None:
-    for folder in (f"s3://{bucket}/set", f"s3://{bucket}/set/"):
+    for folder in (bucket.uri("set"), bucket.uri("set/")):
         s3.put(f"{folder}/a//b.png", png + folder.encode())
         s3.put(f"{folder}/tasks.jsonl", json.dumps({"image": "a//b.png", "question": "?"}).encode())
         run = tmp_path / f"run{len(folder)}"

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,13 @@ from batchkit import merge, outcomes, plan, prepare, status, submit, takeovers
 from batchkit.cli import main
 from batchkit.errors import RunError, UsageError
 from batchkit.jobs import Attempt, Job
-from batchkit.runs import Run, now
-from tests import fake_server
+from batchkit.manifests import now
+from batchkit.runs import Run
 from tests.conftest import WriteTasks
 from tests.fake_server import Server
 from tests.made_runs import failure_line, response_line
 
 Picture = Callable[..., Path]
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with fake_server.running() as one:
-        yield one
 
 
 def rows_of(count: int, **more: Any) -> list[dict[str, Any] | bytes]:

@@ -23,82 +23,26 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from batchkit import batch_submission, cancelling, live_submission, reporting, s3, storage, tenures
-from batchkit.backends import openai as openai_backend
+from batchkit import cancelling, reporting, s3, storage, tenures
 from batchkit.backends.openai import OpenAIBatches
 from batchkit.cli import main
-from batchkit.client import Pacing
 from batchkit.errors import InputError, RunBusyError, RunError, StorageError, UsageError
 from batchkit.evaluation import evaluate
-from batchkit.handover import Pace
 from batchkit.jobs import Attempt, Job
 from batchkit.merging import merge
 from batchkit.preparation import prepare
 from batchkit.responses import Verdict
 from batchkit.runs import Run
 from batchkit.submission import discard, submit
-from tests import fake_provider, fake_server, s3_servers
+from tests import s3_servers
 from tests.fake_provider import Provider
 from tests.fake_server import Server
-from tests.made_runs import response_line
-from tests.s3_servers import ACCESS_KEY, SECRET_KEY
+from tests.made_runs import response_line, task_lines
+from tests.s3_servers import ACCESS_KEY, SECRET_KEY, Bucket
 from tests.test_submission import Fake, install_fake
 
 ROWS = 30
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_servers.moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
-class Bucket:
-    """A bucket of one test's own."""
-
-    def __init__(self, name: str, url: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.name = name
-        self.url = url
-        self.folder = folder
-        self._patch = patch
-        self.on("first")
-        s3.client().create_bucket(Bucket=name)
-
-    def on(self, machine: str) -> None:
-        """Go on, on this machine."""
-        for name, value in s3_servers.environment(self.url, self.folder / machine).items():
-            self._patch.setenv(name, value)
-
-    def uri(self, name: str) -> str:
-        return f"s3://{self.name}/{name}"
-
-    def put(self, name: str, body: bytes) -> str:
-        s3.put(self.uri(name), body)
-        return self.uri(name)
-
-    def get(self, name: str) -> bytes:
-        return s3.get(self.uri(name))[0]
-
-    def names(self, prefix: str = "") -> list[str]:
-        return [prefix + found.name for found in s3.listed(self.uri(prefix))]
-
-
-@pytest.fixture
-def bucket(moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
-    name = f"b-{abs(hash(request.node.nodeid)) % 10**12}"
-    return Bucket(name, moto, tmp_path / "machines", monkeypatch)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(live_submission, "PACING", Pacing(timeout=5.0, patience=0.5))
-    with fake_server.running() as server:
-        yield server
-
-
-def task_lines(count: int = ROWS) -> bytes:
-    return b"".join(json.dumps({"id": n, "question": f"q{n}"}).encode() + b"\n" for n in range(count))
 
 
 def prepared(bucket: Bucket, *, backend: Any = "server", name: str = "runs/one", shard: int = 10) -> Run:
@@ -576,15 +520,6 @@ def test_a_server_that_heeds_no_conditions_is_refused(bucket: Bucket, monkeypatc
 
 
 # -- batch services --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provider]:
-    monkeypatch.setattr(batch_submission, "PACE", Pace(poll=0.01, adopt=1.0, settle=0.3, tokens=0.02))
-    monkeypatch.setattr(openai_backend, "RETRIES", 0)
-    with fake_provider.running() as provider:
-        monkeypatch.setenv("OPENAI_API_KEY", provider.key)
-        yield provider
 
 
 def test_the_intent_is_in_the_bucket_before_a_batch_is_created(
