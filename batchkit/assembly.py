@@ -15,6 +15,7 @@ from batchkit.outputs import Outputs
 from batchkit.pieces import Encoding, Order, Piece
 from batchkit.progress import Progress
 from batchkit.storage import aside_of
+from batchkit.teams import Team
 
 FORKED_ROWS = 20_000
 SPAWNED_ROWS = 500_000
@@ -43,11 +44,22 @@ def folder_aside(results: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def assemble(
-    orders: Iterable[Order], outputs: Outputs, encoding: Encoding, *, progress: Progress, workers: int
-) -> None:
+@contextlib.contextmanager
+def team_of(workers: int) -> Iterator[Team]:
+    """The processes of one merge."""
+    try:
+        with Team(workers) as team:
+            yield team
+    except BrokenProcessPool as exc:
+        raise BatchkitError(
+            "a worker of merge was killed, perhaps for want of memory",
+            hint="run the same command again, with --workers 1",
+        ) from exc
+
+
+def assemble(orders: Iterable[Order], outputs: Outputs, encoding: Encoding, *, progress: Progress, team: Team) -> None:
     """Write the results of all orders, in their order."""
-    with _made(orders, workers) as made:
+    with _made(orders, team) as made:
         for order, piece in made:
             outputs.turn_to(host=order.form.host, model=order.form.model)
             if piece is None:
@@ -60,16 +72,10 @@ def assemble(
 
 
 @contextlib.contextmanager
-def _made(orders: Iterable[Order], workers: int) -> Iterator[Iterable[tuple[Order, Piece | None]]]:
+def _made(orders: Iterable[Order], team: Team) -> Iterator[Iterable[tuple[Order, Piece | None]]]:
     """Each order with its piece; None for what is still to be made, and in this process."""
-    if workers == 1:
+    if team.workers == 1:
         yield ((order, None) for order in orders)
         return
-    try:
-        with contextlib.closing(teams.in_order(orders, pieces.make, workers)) as made:
-            yield made
-    except BrokenProcessPool as exc:
-        raise BatchkitError(
-            "a worker of merge was killed, perhaps for want of memory",
-            hint="run the same command again, with --workers 1",
-        ) from exc
+    with contextlib.closing(team.in_order(orders, pieces.make)) as made:
+        yield made

@@ -10,9 +10,8 @@ from typing import Any
 
 from batchkit import hf, jsonl, parquet, remotes, s3, tables, vlmevalkit, wildcards
 from batchkit.errors import InputError, RowError, UsageError
-from batchkit.options import InputFormat
 from batchkit.storage import COMPRESSED, check_rereadable, is_remote, open_read, shown, spots_checksum
-from batchkit.tasks import BATCH_KEYS, DEFAULT_IMAGE_FIELD, FILE_START, Place, Row, parse_object
+from batchkit.tasks import BATCH_KEYS, DEFAULT_IMAGE_FIELD, FILE_START, InputFormat, Place, Row, parse_object
 
 PARQUET_START = b"PAR1"
 """The first bytes of every Parquet file (parquet-format, «File format»)."""

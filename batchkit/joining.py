@@ -13,14 +13,14 @@ from io import BytesIO
 import msgspec
 import xxhash
 
-from batchkit import plain
+from batchkit import plain, sections
 from batchkit.answers import ParseError
-from batchkit.errors import InputError
+from batchkit.errors import BatchkitError, InputError
 from batchkit.outcomes import Candidates, Judge, Outcome, ShardFiles, damaged, read_ids
 from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, gist, parse
 from batchkit.results import ResultEncoder, Splice
+from batchkit.sections import changed
 from batchkit.sheets import Sheet
-from batchkit.storage import open_read, read_blocks
 
 _encode = msgspec.json.Encoder().encode
 _encode_lines = msgspec.json.Encoder().encode_lines
@@ -55,10 +55,9 @@ def join(files: ShardFiles, sheet: Sheet) -> None:
     """Write the results of a shard. Raises `RunError` where its files are damaged."""
     judge = Judge(files, read_ids(files))
     found = _Found(judge, sheet.album.keep, distinct=files.unanswered is not None)
-    for number, path in files.responses:
-        with open_read(str(path)) as stream:
-            for block in read_blocks(stream):
-                found.read(BytesIO(block).readlines(), number)
+    for number, section in files.responses:
+        for block in sections.read(section):
+            found.read(BytesIO(block).readlines(), number)
     _Results(files, judge, found, sheet).write()
     found.count(sheet)
     sheet.add_strays(found.unexpected, found.unreadable)
@@ -190,23 +189,26 @@ class _Results:
         self._encoder = sheet.encoder if isinstance(sheet.encoder, ResultEncoder) else None
 
     def write(self) -> None:
-        seal, path, start = self._files.seal, self._files.rows, 0
+        seal, start = self._files.seal, 0
         digest = xxhash.xxh3_128()
         try:
-            with open_read(str(path)) as stream:
-                for block in read_blocks(stream):
-                    digest.update(block)
-                    if block[-1:] != b"\n":
-                        break  # cut off: the checksum tells
-                    rows = BytesIO(block).readlines()
-                    if start + len(rows) > seal.end - seal.start:
-                        raise damaged(path, "has more rows than prepare wrote")
-                    self._write_block(start, rows)
-                    start += len(rows)
+            for block in sections.read(self._files.rows):
+                digest.update(block)
+                if block[-1:] != b"\n":
+                    break  # cut off: the checksum tells
+                rows = BytesIO(block).readlines()
+                if start + len(rows) > seal.end - seal.start:
+                    raise self._damaged("has more rows than prepare wrote")
+                self._write_block(start, rows)
+                start += len(rows)
         except InputError as exc:
-            raise damaged(path, "cannot be read") from exc
+            raise self._damaged("cannot be read") from exc
         if digest.hexdigest() != seal.rows_checksum:
-            raise damaged(path, "is not what prepare wrote (its checksum differs)")
+            raise self._damaged("is not what prepare wrote (its checksum differs)")
+
+    def _damaged(self, what: str) -> BatchkitError:
+        path = self._files.rows.path
+        return damaged(path, what) if self._files.unanswered is None else changed(path)
 
     def _write_block(self, start: int, rows: list[bytes]) -> None:
         encoder, found, held = self._encoder, self._found, self._sheet.held

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from batchkit import elsewhere
-from batchkit.assembly import assemble, folder_aside, workers_for
+from batchkit.assembly import assemble, folder_aside, team_of, workers_for
 from batchkit.billing import Billing
 from batchkit.errors import UsageError
 from batchkit.flat import check_flat, fields_of
@@ -85,9 +85,10 @@ def merge(
                 progress.say(gathered)
         with Outputs(to, encoding.encoder, Billing(host="openai", model=None), retry=has_retry) as outputs:
             count = _workers(workers, parts.spans)
-            with folder_aside(to.results) if count > 1 else contextlib.nullcontext(to.results.parent) as folder:
+            aside = folder_aside(to.results) if count > 1 else contextlib.nullcontext(to.results.parent)
+            with aside as folder, team_of(count) as team:
                 orders = _Orders(parts.spans, parse, prefix, folder, flat=flat, retry=has_retry)
-                assemble(orders, outputs, encoding, progress=progress, workers=count)
+                assemble(orders, outputs, encoding, progress=progress, team=team)
         return outputs.write_summary(
             **parts.known(),
             attempts=orders.attempts,

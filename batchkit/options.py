@@ -16,8 +16,8 @@ from batchkit.endpoints import NOT_OF_ALL, URLS, Endpoint, endpoint_at
 from batchkit.errors import UsageError
 from batchkit.limits import CHAT, HOSTS, OWN, Limits, limits_of, runs, who_runs
 from batchkit.prompts import read_text_option
+from batchkit.tasks import InputFormat
 
-InputFormat = Literal["auto", "jsonl", "batch", "csv", "tsv", "parquet", "hf", "vlmevalkit"]
 Backend = Literal["vllm", "openai", "gemini", "server"]
 HostName = Literal["openai", "azure", "groq", "together", "dashscope"]
 

@@ -20,6 +20,7 @@ from batchkit.jobs import OVER, TRIED, Attempt
 from batchkit.manifests import PREPARE_AGAIN, Rejection, Seal
 from batchkit.responses import ANSWERS, Keep, Response, UnreadableLine, Verdict, choose, parse
 from batchkit.runs import Run
+from batchkit.sections import Section
 from batchkit.storage import open_read
 
 _decode_ids = msgspec.json.Decoder(str).decode_lines
@@ -103,13 +104,14 @@ class ShardFiles(NamedTuple):
     order of the attempts, each with its number.
 
     `unanswered` is there for a pile, which counts as one attempt of which nothing else is known: it is said of rows
-    without a response. The ids of a pile are anybody's, so each line of theirs is JSON.
+    without a response. The ids of a pile are anybody's, so each line of theirs is JSON; its rows may lie in the user's
+    own file.
     """
 
     seal: Seal
-    rows: Path
+    rows: Section
     ids: Path
-    responses: list[tuple[int, Path]]
+    responses: list[tuple[int, Section]]
     attempts: list[Attempt]
     unanswered: str | None = None
 
@@ -118,9 +120,9 @@ def files_of(run: Run, seal: Seal) -> ShardFiles:
     """The files of a shard, here."""
     return ShardFiles(
         seal,
-        run.fetch(run.rows_path(seal.shard)),
+        Section(run.fetch(run.rows_path(seal.shard))),
         run.fetch(run.ids_path(seal.shard)),
-        run.responses_paths(seal.shard),
+        [(number, Section(path)) for number, path in run.responses_paths(seal.shard)],
         run.job(seal.shard).attempts,
     )
 
@@ -220,8 +222,8 @@ def _read_responses(
 ) -> list[Candidates | None]:
     """For each row its candidates; lines of no row go into `shard`."""
     candidates: list[Candidates | None] = [None] * len(shard.ids)
-    for number, path in files.responses:
-        for line in _lines(path):
+    for number, section in files.responses:
+        for line in _lines(section.path):
             try:
                 response = parse(line, keep)
             except UnreadableLine:

@@ -6,34 +6,30 @@ is: memory is bounded however large the pile. The whole pile counts as one attem
 
 from __future__ import annotations
 
-import functools
 import glob
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from batchkit import remotes, s3, wildcards
-from batchkit.assembly import assemble, folder_aside, workers_for
-from batchkit.errors import InputError, RowError, UsageError
+from batchkit.assembly import assemble, folder_aside, team_of, workers_for
+from batchkit.errors import InputError, UsageError
 from batchkit.flat import FlatFields, check_flat, default_ids
+from batchkit.identities import Identity
 from batchkit.inputs import open_source
 from batchkit.outputs import Outputs, place_of, places
 from batchkit.pieces import Encoding, Form, Order
 from batchkit.progress import Progress, Silent
-from batchkit.sorting import Sorting
-from batchkit.storage import COMPRESSED, is_remote, open_read, read_blocks, shown
+from batchkit.routing import MOST_PARTITIONS
+from batchkit.sorting import LEAST_BYTES, Sorting
+from batchkit.storage import COMPRESSED, is_remote, shown
 from batchkit.summaries import Summary
 
-PARTITION_BYTES = 192 << 20
-"""Of so many bytes of rows and responses the ids are in memory at once: with short ones some 250,000."""
+PARTITION_BYTES = 32 << 20
+"""Of so many bytes of rows and responses a process has the ids in memory at once: with short ones some 40,000."""
+ROW_BYTES = 512
+"""About what a row has, with its response."""
 _EXPANSION = 10  # how much larger than its file a compressed one is taken to be
 _REMOTE_BYTES = 1 << 30  # what a remote file is taken to have
-
-
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def merge_pile(
@@ -67,18 +63,24 @@ def merge_pile(
     to = places(output, retry_file)
     files = _find(responses, [*to, Path(tasks)])
     places(output, retry_file, never=[place_of(name) for name in (str(tasks), *files)])
-    custom_id = functools.partial(_custom_id, tuple(id_fields or default_ids(source.format)), id_separator)
-    partitions = max(1, -(-(source.size + sum(map(_size, files))) // PARTITION_BYTES))
-    with Outputs(to, encoding.encoder) as outputs, folder_aside(to.results) as folder:
-        sorting = Sorting(folder, source.uri, custom_id, partitions)
-        sorting.take_rows(source.rows())
-        sorting.take_lines(_blocks(files), outputs.sheet)
+    identity = Identity(tuple(id_fields or default_ids(source.format)), id_separator)
+    size = sum(map(_size, files))
+    partitions = max(1, min(MOST_PARTITIONS, -(-(source.size + size) // PARTITION_BYTES)))
+    # How many rows there are is not known yet; for little more than one section other processes are not worth it.
+    count = workers_for(workers, -(-(source.size + size) // LEAST_BYTES), rows=(source.size + size) // ROW_BYTES)
+    with (
+        Outputs(to, encoding.encoder) as outputs,
+        folder_aside(to.results) as folder,
+        team_of(count) as team,
+    ):
+        sorting = Sorting(folder, source, identity, partitions=partitions, team=team)
+        sorting.take_rows()
+        sorting.take_responses(files, outputs.sheet, size=size)
         orders = (
             Order(shard, None, form, retry=True, aside=folder / f"piece-{shard.seal.shard}")
             for shard in sorting.shards()
         )
-        count = workers_for(workers, sorting.count, rows=sorting.rows)
-        assemble(orders, outputs, encoding, progress=progress or Silent(), workers=count)
+        assemble(orders, outputs, encoding, progress=progress or Silent(), team=team)
     return outputs.write_summary()
 
 
@@ -111,32 +113,6 @@ def _find_remote(pattern: str, own: set[str]) -> list[str]:
 
 def _glob(pattern: str) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207  # takes absolute ones
-
-
-def _custom_id(names: Sequence[str], separator: str, raw: bytes, fields: Mapping[str, Any]) -> str:
-    """The text of the id fields of a row."""
-    if len(names) == 1 and isinstance(value := fields.get(names[0]), str):
-        return value
-    return separator.join([_id_text(name, fields.get(name), raw) for name in names])
-
-
-def _blocks(files: Iterable[str]) -> Iterator[list[bytes]]:
-    """Lines that are not blank, with their line feeds, many at a time."""
-    for name in files:
-        with open_read(name) as stream:
-            for block in read_blocks(stream):
-                whole = block if block.endswith(b"\n") else block + b"\n"
-                yield [line for line in BytesIO(whole).readlines() if not line.isspace()]
-
-
-def _id_text(name: str, value: Any, raw: bytes) -> str:
-    if value is None:
-        raise RowError("field", f"id field {name!r} is missing")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, dict)):
-        raise RowError("field", f"id field {name!r} is neither text nor a number")
-    return bytes(_decode_fields(raw)[name]).decode()  # 1.50 and 1e3 stay what they are
 
 
 def _size(name: str) -> int:

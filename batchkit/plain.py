@@ -14,7 +14,7 @@ import msgspec
 from batchkit.responses import Response, Verdict
 
 
-class _Message(msgspec.Struct, gc=False):
+class _Message(msgspec.Struct, gc=False, omit_defaults=True):
     content: Annotated[str, msgspec.Meta(min_length=1)]
     refusal: Literal[""] | None = None
     images: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
@@ -25,7 +25,7 @@ class _Choice(msgspec.Struct, gc=False):
     finish_reason: Literal["stop", "length"]
 
 
-class _Body(msgspec.Struct, gc=False):
+class _Body(msgspec.Struct, gc=False, omit_defaults=True):
     choices: tuple[_Choice]
     model: str | None = None
     usage: msgspec.Raw = msgspec.Raw(b"null")
@@ -50,6 +50,8 @@ VERDICTS = {"stop": Verdict.ANSWERED, "length": Verdict.TRUNCATED}
 IMAGE_IN_TEXT = "data:image/"
 """A content with this in it may hold an image: whether it is plain, `responses` knows."""
 
+encode_lines = msgspec.json.Encoder().encode_lines
+"""Plain lines again, without what nobody reads: a third as long."""
 read_line = msgspec.json.Decoder(PlainLine).decode
 _decode_usage = msgspec.json.Decoder(dict[str, Any] | None).decode
 _encode = msgspec.json.Encoder().encode

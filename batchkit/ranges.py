@@ -8,8 +8,6 @@ from __future__ import annotations
 import http.client
 import io
 import os
-import urllib.error
-import urllib.request
 from typing import Any
 
 from batchkit import remotes, s3
@@ -63,6 +61,9 @@ class RemoteFile(io.RawIOBase):
         return s3.get_piece(self._uri, self._at, end, str(self._version.etag))
 
     def _web_piece(self, end: int) -> bytes:
+        import urllib.error
+        import urllib.request
+
         headers = {"User-Agent": "batchkit", "Accept-Encoding": "identity", "Range": f"bytes={self._at}-{end - 1}"}
         request = urllib.request.Request(self._uri, headers=headers)  # noqa: S310  # http or https, `look` has checked
         try:

@@ -108,3 +108,10 @@ class Sheet:
         for line in unreadable:
             self.tally.unreadable += 1
             self._strays().write(line + b"\n")
+
+    def take_strays(self, blocks: Iterable[bytes], *, unexpected: int, unreadable: int) -> None:
+        """Keep such lines, which others have told apart and counted."""
+        self.tally.unexpected += unexpected
+        self.tally.unreadable += unreadable
+        for block in blocks:
+            self._strays().write(block)

@@ -132,13 +132,13 @@ def is_plain_local(uri: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_read(uri: str) -> Iterator[BinaryIO]:
+def open_read(uri: str, buffer: int = BUFFER_BYTES) -> Iterator[BinaryIO]:
     """Open `uri` for reading, decompressed, as buffered binary.
 
     Raises `InputError` where it is missing, a directory, or may not be read.
     """
     try:
-        stream = _open(uri)
+        stream = _open(uri, buffer)
     except FileNotFoundError as exc:
         raise InputError(f"{shown(uri)}: no such file", hint="check the path") from exc
     except IsADirectoryError as exc:
@@ -149,9 +149,9 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _open(uri: str) -> BinaryIO:
+def _open(uri: str, buffer: int) -> BinaryIO:
     if is_plain_local(uri):
-        return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=BUFFER_BYTES)
+        return open(Path(uri.removeprefix("file://")).expanduser(), "rb", buffering=buffer)
     import smart_open
 
     ending = Path(shown(uri)).suffix  # a signed URL ends in its signature
@@ -162,7 +162,7 @@ def _open(uri: str) -> BinaryIO:
         if not is_remote(uri):
             raise
         raise InputError(f"{shown(uri)}: cannot be opened: {_why(exc, uri)}", hint="check the name") from exc
-    return io.BufferedReader(_Reader(uri, stream), BUFFER_BYTES)
+    return io.BufferedReader(_Reader(uri, stream), buffer)
 
 
 def _transport(uri: str) -> dict[str, Any]:
@@ -223,7 +223,11 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line[:-1] if line.endswith(b"\n") else line
 
 
-def read_blocks(stream: BinaryIO | io.RawIOBase) -> Iterator[bytes]:
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes | None: ...
+
+
+def read_blocks(stream: Readable) -> Iterator[bytes]:
     """`stream` in blocks of whole lines, of about `BLOCK_BYTES`; the last one may lack its line feed."""
     held: list[bytes] = []
     while piece := stream.read(BLOCK_BYTES):

@@ -11,13 +11,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from batchkit.endpoints import endpoint_at
 from batchkit.errors import RowError
 from batchkit.inline_images import Images, as_source, images_in, is_inline, split_list
+
+InputFormat = Literal["auto", "jsonl", "batch", "csv", "tsv", "parquet", "hf", "vlmevalkit"]
 
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body"})
 """The keys of a request in OpenAI batch format (platform.openai.com/docs/guides/batch)."""

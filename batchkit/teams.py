@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from batchkit import direct
 
@@ -46,21 +46,40 @@ def can_fork() -> bool:
     return False
 
 
-def in_order(tasks: Iterable[T], work: Callable[[T], R], workers: int) -> Generator[tuple[T, R]]:
-    """Each task with its result, in order. Raises what `work` raises, and `BrokenProcessPool` where a worker dies."""
-    pool = begin(workers, begin_worker, (os.getpid(),))
-    under_way: deque[tuple[T, Future[R]]] = deque()
-    try:
-        for task in tasks:
-            under_way.append((task, pool.submit(work, task)))
-            if len(under_way) >= AHEAD * workers:
+class Team:
+    """Processes for one task after another, of any kind; a team of one is this process. As a context manager."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool: Executor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def in_order(self, tasks: Iterable[T], work: Callable[[T], R]) -> Generator[tuple[T, R]]:
+        """Each task with its result, in order. Raises what `work` raises, and `BrokenProcessPool` where a worker
+        dies. To be closed by who does not take all of it."""
+        if self.workers == 1:
+            for task in tasks:
+                yield task, work(task)
+            return
+        if self._pool is None:
+            self._pool = begin(self.workers, begin_worker, (os.getpid(),))
+        under_way: deque[tuple[T, Future[R]]] = deque()
+        try:
+            for task in tasks:
+                under_way.append((task, self._pool.submit(work, task)))
+                if len(under_way) >= AHEAD * self.workers:
+                    yield _done(*under_way.popleft())
+            while under_way:
                 yield _done(*under_way.popleft())
-        while under_way:
-            yield _done(*under_way.popleft())
-    finally:
-        for _, future in under_way:
-            future.cancel()
-        pool.shutdown()
+        finally:
+            for _, future in under_way:
+                future.cancel()
 
 
 def _done(task: T, future: Future[R]) -> tuple[T, R]:

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from batchkit import inputs, merging, preparation
 from batchkit.errors import BatchkitError
-from batchkit.options import InputFormat
-from batchkit.tasks import FILE_START, Place
+from batchkit.tasks import FILE_START, InputFormat, Place
 from tests.conftest import WriteTasks
 
 SLOW = settings(

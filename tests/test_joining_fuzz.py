@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchkit import outcomes, piles, plain, sorting
+from batchkit import identities, outcomes, piles, plain, sorting
 from batchkit.billing import Billing
 from batchkit.jobs import Attempt, AttemptState, Job
 from batchkit.joining import join
@@ -274,9 +274,10 @@ def test_a_pile_is_merged_the_same_fast_or_not_and_in_partitions(data: st.DataOb
         patch.setattr(plain, "read_line", _refuse)
         assert _merged(folder, "long") == fast
         patch.undo()
-        patch.setattr(sorting, "SHARD_ROWS", 2)
+        patch.setattr(identities, "SHARD_ROWS", 2)
         assert _merged(folder, "shards") == fast
         patch.setattr(piles, "PARTITION_BYTES", 100)
+        patch.setattr(sorting, "LEAST_BYTES", 500)
         divided = _merged(folder, "divided")
         strays = [files.pop("unexpected.jsonl", b"") for files in (fast, divided)]
         assert divided == fast

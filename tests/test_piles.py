@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from batchkit import joining, piles, responses, sorting, spills
+from batchkit import identities, joining, piles, plain, responses, sorting, spills, teams
 from batchkit.errors import InputError, StorageError, UsageError
 from batchkit.piles import merge_pile
 from batchkit.responses import Response
 from batchkit.summaries import Summary
 from tests.made_runs import failure_line, response_line
-from tests.shapes import SHAPES
+from tests.shapes import SHAPES, Shape
 
 
 def write_lines(path: Path, lines: list[bytes], *, torn: bytes = b"") -> Path:
@@ -42,7 +42,8 @@ def partitioned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param == "in many partitions":
         monkeypatch.setattr(piles, "PARTITION_BYTES", 300)
         monkeypatch.setattr(spills, "BUFFERED_BYTES", 2000)
-        monkeypatch.setattr(sorting, "SHARD_ROWS", 7)
+        monkeypatch.setattr(identities, "SHARD_ROWS", 7)
+        monkeypatch.setattr(sorting, "LEAST_BYTES", 900)
 
 
 def test_a_pile_of_every_shape_with_cut_lines_duplicates_and_strangers_is_counted_exactly(
@@ -108,6 +109,118 @@ def test_row_order_is_kept_and_partitions_change_nothing(tmp_path: Path, partiti
     assert [result["raw_response"] for result in results_of(tmp_path / "results.jsonl")] == [
         f"answer {number}" if number % 7 else None for number in range(count)
     ]
+
+
+def mixed_pile(folder: Path) -> tuple[Path, list[Path]]:
+    """A little of everything that a task file and its responses can have, in any order, in some files."""
+    rows = [b'{"id":"r%d", "n":1.50}' % number for number in range(300)]
+    for number, row in ((7, b"{bad"), (40, b'{"id":"r3"}'), (41, b'{"id":"r3"}'), (90, b""), (91, b" \t"), (92, b"[]"),
+                        (130, b'{"id":17}'), (131, b'{"id":"\\u00e9"}\r'), (200, b'{"id":"r199"}'), (201, b" {} "),
+                        (202, b'{"id":"long","q":"%b"}' % (b"x" * 5000))):  # fmt: skip
+        rows[number] = row
+    tasks = write_lines(folder / "tasks.jsonl", rows, torn=b'{"id":"last"}')
+    tasks.write_bytes(b"\xef\xbb\xbf" + tasks.read_bytes())
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 5, "x y": " "}}
+    lines = [response_line(f"r{number}", f"answer {number}") for number in range(300) if number % 11]
+    lines += [response_line(f"r{number}", "cut", finish="length", usage=usage) for number in range(0, 300, 11)]
+    lines += [response_line(f"r{number}", f"other {number}") for number in range(50, 60)]
+    lines += [response_line(f"r{number}", f"answer {number}") for number in range(60, 70)]
+    lines += [failure_line(f"r{number}", 500, f"failed {number}") for number in range(65, 140, 3)]
+    lines += [
+        response_line(name, f"to {name}", model="m2") for name in ("17", "\u00e9", "long", "last", "", "stranger")
+    ]
+    lines += [response_line("r1", "![](data:image/png;base64,AAAA)"), b"garbage", b"", b"  ", b"{}", b'"text"', b"\x00"]
+    lines += [b'{"custom_id":"r5","method":"POST","url":"/v1/x","body":{}}', b'{"custom_id":"\\ud800","response":null}']
+    lines += [response_line("stranger", "z" * 3000).replace(b": ", b":")] + [shape.of(f"r{n}") for n, shape in
+              enumerate(SHAPES, 210)]  # fmt: skip
+    random.Random(5).shuffle(lines)
+    return tasks, [
+        write_lines(folder / "a.jsonl", lines[:250], torn=b'{"custom_id":"r9","resp'),
+        write_lines(folder / "b.jsonl.gz", lines[250:300], torn=response_line("r299", "other")),
+        write_lines(folder / "c.jsonl", lines[300:], torn=response_line("r22", "other")),
+    ]
+
+
+@pytest.mark.parametrize("forked", [True, False], ids=["forked", "spawned"])
+def test_several_processes_sort_a_pile_as_one_does(
+    forked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, responses = mixed_pile(tmp_path)
+    monkeypatch.setattr(identities, "SHARD_ROWS", 20)
+    written: list[dict[str, bytes]] = []
+    for partition, section, workers in ((1 << 30, 1 << 20, 1), (20_000, 1500, 1), (20_000, 1500, 3)):
+        monkeypatch.setattr(piles, "PARTITION_BYTES", partition)
+        monkeypatch.setattr(piles, "LEAST_BYTES", section)
+        monkeypatch.setattr(sorting, "LEAST_BYTES", section)
+        monkeypatch.setattr(teams, "can_fork", lambda: forked)
+        output = tmp_path / f"{len(written)}" / "results.jsonl"
+        summary = merge_pile(tasks, responses, output=output, workers=workers)
+        assert summary.rows == 299
+        files = {path.name: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
+        files["summary.json"] = files["summary.json"].replace(str(output.parent).encode(), b"")
+        written.append(files)
+    one, divided, several = written
+    assert several == divided
+    assert one["results.jsonl"] == divided["results.jsonl"]
+    assert sorted(one["unexpected.jsonl"].split(b"\n")) == sorted(divided["unexpected.jsonl"].split(b"\n"))
+    assert {"results.jsonl", "retry.jsonl", "unexpected.jsonl", "output_image_1.png"} <= one.keys()
+    assert response_line("stranger", "z" * 3000).replace(b": ", b":") in one["unexpected.jsonl"].split(b"\n")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_changes_while_it_is_merged_is_an_error(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = write_lines(tmp_path / "tasks.jsonl", [b'{"id":%d}' % number for number in range(100)])
+    answers = write_lines(tmp_path / "out.jsonl", [response_line(str(number), "x") for number in range(200)])
+    monkeypatch.setattr(piles, "LEAST_BYTES", 1000)
+    monkeypatch.setattr(sorting, "LEAST_BYTES", 1000)
+    take = sorting.Sorting.take_responses
+    look_up = sorting.Sorting._look_up
+
+    def taken(self: sorting.Sorting, *arguments: Any, **named: Any) -> None:
+        take(self, *arguments, **named)
+        tasks.write_bytes(tasks.read_bytes().replace(b'"id":50', b'"id":51'))
+
+    def looked_up(self: sorting.Sorting, *arguments: Any) -> None:
+        look_up(self, *arguments)
+        answers.write_bytes(answers.read_bytes().replace(b'"150"', b'"151"'))
+
+    for changed, method, path in ((taken, "take_responses", tasks), (looked_up, "_look_up", answers)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sorting.Sorting, method, changed)
+            with pytest.raises(InputError, match="was changed while it was merged") as caught:
+                merge_pile(tasks, [answers], output=tmp_path / "results.jsonl", workers=workers)
+        assert str(path) in caught.value.message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "tasks.jsonl"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_plain_line_without_what_nobody_reads_is_the_same_response(shape: Shape) -> None:
+    for line in (shape.of("a"), response_line("a", "x", usage=None), response_line("a", "x", finish="length")):
+        try:
+            short = plain.encode_lines([plain.read_line(line)])
+        except plain.NOT_PLAIN:
+            continue
+        assert len(short) < len(line)
+        if b"data:image/" not in short:
+            assert responses.parse(short) == responses.parse(line)
+
+
+def test_rows_of_a_table_are_sorted_by_several_processes_as_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_lines(tmp_path / "tasks.csv", [b"id,question", *(b'r%d,"a\nb"' % number for number in range(100))])
+    names = [f"r{number}" for number in range(0, 100, 3)]
+    answers = write_lines(tmp_path / "out.jsonl", [response_line(name, f"to {name}") for name in names])
+    monkeypatch.setattr(identities, "SHARD_ROWS", 9)
+    for module in (piles, sorting):
+        monkeypatch.setattr(module, "LEAST_BYTES", 500)
+    for workers in (1, 2):
+        merge_pile(table, [answers], output=tmp_path / f"{workers}.jsonl", workers=workers)
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+    said = [result["raw_response"] for result in results_of(tmp_path / "1.jsonl")]
+    assert said == [f"to r{number}" if number % 3 == 0 else None for number in range(100)]
 
 
 @pytest.mark.parametrize(

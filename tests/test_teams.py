@@ -19,6 +19,8 @@ def test_processes_are_forked_before_tasks_are_made_which_may_start_threads(monk
         yield from (-1, -2, -3)
 
     before = len(multiprocessing.active_children())
-    assert list(teams.in_order(tasks(), abs, 2)) == [(-1, 1), (-2, 2), (-3, 3)]
-    assert there == [before + 2]
+    with teams.Team(2) as team:
+        for _ in range(2):
+            assert list(team.in_order(tasks(), abs)) == [(-1, 1), (-2, 2), (-3, 3)]
+    assert there == [before + 2] * 2
     assert len(multiprocessing.active_children()) == before
