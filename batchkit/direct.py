@@ -45,6 +45,8 @@ class _Disk:
 
 
 _disk = _Disk()
+_spare: list[memoryview] = []
+"""Buffers of files that are closed, for the next one: the memory of new ones would have to be found first."""
 
 
 class LargeFile(io.BufferedIOBase):
@@ -58,7 +60,7 @@ class LargeFile(io.BufferedIOBase):
         self._process = os.getpid()
         self._past_cache = self._is_direct = False
         """What was asked for, and what the file system does."""
-        self._free = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(BUFFERS)]
+        self._free = [_spare.pop() if _spare else _new_buffer() for _ in range(BUFFERS)]
         self._under_way: deque[_Writing] = deque()
         self._buffer = self._free.pop()
         self._filled = 0
@@ -134,6 +136,8 @@ class LargeFile(io.BufferedIOBase):
         if os.getpid() == self._process:
             for writing in self._under_way:
                 writing.wait()
+        _spare.extend((self._buffer, *self._free, *(writing.buffer for writing in self._under_way)))
+        del _spare[BUFFERS:]
         os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -147,6 +151,10 @@ class LargeFile(io.BufferedIOBase):
             with contextlib.suppress(OSError):
                 self._finish()
         self.close()
+
+
+def _new_buffer() -> memoryview:
+    return memoryview(mmap.mmap(-1, BUFFER_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))  # not with forked processes
 
 
 class _Writing:
