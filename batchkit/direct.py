@@ -1,21 +1,19 @@
 """Large files, written past the page cache: a copy that nobody here reads takes longer to find memory for than to
 write. A thread writes while the next buffer is filled.
 
-Through the page cache after all: where the file system knows no other way, what is too short for a block, and where the
-disk is slow, for then the cache takes in more than the disk can.
+Through the page cache after all: where the file system knows no other way, what is too short for a block, and what the
+disk is too slow for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import io
 import mmap
 import os
 import queue
 import threading
-import time
+import weakref
 from collections import deque
 from types import TracebackType
 from typing import Any, Self
@@ -25,47 +23,42 @@ BUFFERS = 4
 """Where they lie in memory and in the file, and how long they are, is a multiple of any disk's logical blocks, as
 open(2) asks of direct writes."""
 
-PROBE_BYTES = 64 << 20
-SLOW = 300e6
-"""Bytes a second. A disk that has taken less, after so many bytes, is left to the page cache from there on."""
+PATIENCE = 0.002
+"""Seconds for which a full buffer waits for its turn. A disk that takes longer is slower than the page cache."""
 
-_DIRECT: int = getattr(os, "O_DIRECT", 0)  # not on macOS
+THREAD = "batchkit-writing"
+"""Its name."""
 
+_DIRECT: int | None = getattr(os, "O_DIRECT", None)  # not on macOS
 
-class _Disk:
-    """What is known of the speed of direct writes: of this process, which writes large files to one disk at a time."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.seconds = 0.0
-
-    @property
-    def is_slow(self) -> bool:
-        return self.bytes >= PROBE_BYTES and self.bytes < SLOW * self.seconds
-
-
-_disk = _Disk()
 _spare: list[memoryview] = []
 """Buffers of files that are closed, for the next one: the memory of new ones would have to be found first."""
+_all: weakref.WeakSet[LargeFile] = weakref.WeakSet()
 
 
 class LargeFile(io.BufferedIOBase):
-    """A new file, written from its beginning to its end. What could not be written, a later call raises.
+    """A new file, written from its beginning to its end. What could not be written, a later call raises, and all after
+    that.
 
     At the end of a `with` block that an exception leaves, what is in the buffers is thrown away.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._direct = _open_direct(path)
         self._process = os.getpid()
-        self._past_cache = self._is_direct = False
-        """What was asked for, and what the file system does."""
         self._free = [_spare.pop() if _spare else _new_buffer() for _ in range(BUFFERS)]
         self._under_way: deque[_Writing] = deque()
         self._buffer = self._free.pop()
         self._filled = 0
         self._offset = 0
         """Where in the file the buffer begins."""
+        self._threads: list[threading.Thread] = []
+        self._waiting: queue.SimpleQueue[_Writing | None] | None = None
+        """What the last of the threads is given; None where that one is to end."""
+        self._error: BaseException | None = None
+        self._is_abandoned = False
+        _all.add(self)
 
     def write(self, data: Any, /) -> int:
         size, end = len(data), self._filled + len(data)
@@ -84,39 +77,59 @@ class LargeFile(io.BufferedIOBase):
         return size
 
     def _hand_over(self) -> None:
-        """Have the full buffer written while another is filled."""
-        if self._past_cache == _disk.is_slow:
-            self._finish()
-            self._past_cache = not _disk.is_slow
-            self._is_direct = _set_direct(self._file, self._past_cache)
-        writing = _Writing(self._file, self._buffer, self._offset, direct=self._is_direct)
-        _thread.take(writing)
-        self._under_way.append(writing)
+        """Have the full buffer written while another is filled, or write it here."""
+        while self._under_way and self._under_way[0].done.wait(0 if self._free else PATIENCE):
+            self._finish_first()
+        if self._direct is not None and self._free and (waiting := self._thread()) is not None:
+            writing = _Writing(self._direct, self._file, self._buffer, self._offset)
+            self._under_way.append(writing)
+            waiting.put(writing)
+            self._buffer = self._free.pop()
+        else:
+            _write_at(self._file, self._buffer, self._offset)
         self._offset += self._filled
         self._filled = 0
-        if not self._free:
-            self._finish_first()
-        self._buffer = self._free.pop()
 
-    def _finish(self) -> None:
-        while self._under_way:
-            self._finish_first()
+    def _thread(self) -> queue.SimpleQueue[_Writing | None] | None:
+        """What the thread takes its work from; None where there can be no thread."""
+        if self._waiting is None:
+            waiting: queue.SimpleQueue[_Writing | None] = queue.SimpleQueue()
+            thread = threading.Thread(target=_write_all, args=(waiting,), name=THREAD, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # so many are there already
+                return None
+            self._threads.append(thread)
+            self._waiting = waiting
+        return self._waiting
+
+    def end_thread(self) -> None:
+        """Wait until the thread has written what it was given, and is gone. The next buffer begins another."""
+        if self._waiting is not None:
+            self._waiting.put(None)  # twice, where Ctrl-C came between these lines: that does no harm
+            self._waiting = None
+        while self._threads:
+            self._threads[-1].join()
+            self._threads.pop()
 
     def _finish_first(self) -> None:
         writing = self._under_way[0]
-        writing.wait()  # Ctrl-C may end this: whoever closes the file waits again
+        writing.done.wait()
         self._under_way.popleft()
         self._free.append(writing.buffer)
-        if writing.error is not None:
-            raise writing.error
+        self._error = self._error or writing.error
+        if self._error is not None:
+            raise self._error
 
     def flush(self) -> None:
-        """Have everything in the file, as far as the system is concerned. More may be written behind it."""
-        if self.closed or os.getpid() != self._process:  # a forked process has the buffers of its parent
+        """Have everything in the file, as far as the system is concerned."""
+        # A forked process has the buffers of its parent.
+        if self.closed or self._is_abandoned or os.getpid() != self._process:
             return
-        self._finish()
-        if self._is_direct:
-            self._past_cache = self._is_direct = _set_direct(self._file, False)
+        if self._error is not None:
+            raise self._error
+        while self._under_way:
+            self._finish_first()
         _write_at(self._file, self._buffer[: self._filled], self._offset)
 
     def fileno(self) -> int:
@@ -134,11 +147,12 @@ class LargeFile(io.BufferedIOBase):
 
     def _release(self) -> None:
         if os.getpid() == self._process:
-            for writing in self._under_way:
-                writing.wait()
-        _spare.extend((self._buffer, *self._free, *(writing.buffer for writing in self._under_way)))
-        del _spare[BUFFERS:]
+            self.end_thread()  # before the numbers of the files can be another's
+            _spare.extend((self._buffer, *self._free))
+            del _spare[BUFFERS:]
         os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def __enter__(self) -> Self:
         return self
@@ -146,10 +160,7 @@ class LargeFile(io.BufferedIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._filled = 0
-            with contextlib.suppress(OSError):
-                self._finish()
+        self._is_abandoned = kind is not None
         self.close()
 
 
@@ -158,51 +169,42 @@ def _new_buffer() -> memoryview:
 
 
 class _Writing:
-    """The writing of one buffer; `error` is what went wrong."""
+    """The writing of one buffer past the page cache, or to `file` where that cannot be; `error` is what went wrong."""
 
-    def __init__(self, file: int, buffer: memoryview, offset: int, *, direct: bool) -> None:
+    def __init__(self, direct: int, file: int, buffer: memoryview, offset: int) -> None:
         self.buffer = buffer
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self._direct = direct
         self._file = file
         self._offset = offset
-        self._direct = direct
-        self._done = threading.Event()
-
-    def wait(self) -> None:
-        self._done.wait()
 
     def do(self) -> None:
-        began = time.monotonic()
         try:
-            self._write()
-        except OSError as exc:
+            try:
+                _write_at(self._direct, self.buffer, self._offset)
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:  # some file systems let themselves be asked, and refuse then
+                    raise
+                _write_at(self._file, self.buffer, self._offset)
+        except BaseException as exc:  # noqa: BLE001  # whatever it is: whoever waits for this must hear of it
             self.error = exc
-        if self._direct:
-            _disk.bytes += len(self.buffer)
-            _disk.seconds += time.monotonic() - began
-        self._done.set()
-
-    def _write(self) -> None:
-        try:
-            _write_at(self._file, self.buffer, self._offset)
-        except OSError as exc:
-            if not self._direct or exc.errno != errno.EINVAL:
-                raise
-            # Some file systems let themselves be asked, and refuse then.
-            self._direct = _set_direct(self._file, False)
-            _write_at(self._file, self.buffer, self._offset)
+        self.done.set()
 
 
-def _set_direct(file: int, wanted: bool) -> bool:
-    """Whether the file is written directly now."""
-    if not _DIRECT:
-        return False
-    flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT
+def _write_all(waiting: queue.SimpleQueue[_Writing | None]) -> None:
+    while (writing := waiting.get()) is not None:
+        writing.do()
+
+
+def _open_direct(path: str | os.PathLike[str]) -> int | None:
+    """None where the file system has no such writes."""
+    if _DIRECT is None:
+        return None
     try:
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | _DIRECT if wanted else flags)
-    except OSError:  # EINVAL: the file system has no such writes
-        return False
-    return wanted
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
+    except OSError:
+        return None
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:
@@ -211,35 +213,8 @@ def _write_at(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-class _Thread:
-    """The thread that writes. It begins with the first buffer, and again after `settle`."""
-
-    def __init__(self) -> None:
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        """A forked process has no threads."""
-        self._waiting: queue.SimpleQueue[_Writing | None] = queue.SimpleQueue()
-        self._running: threading.Thread | None = None
-
-    def take(self, writing: _Writing) -> None:
-        if self._running is None:
-            self._running = threading.Thread(target=self._run, name="batchkit-writing", daemon=True)
-            self._running.start()
-        self._waiting.put(writing)
-
-    def _run(self) -> None:
-        while (writing := self._waiting.get()) is not None:
-            writing.do()
-
-    def settle(self) -> None:
-        """End the thread when it has written what it was given: a process without threads can be forked."""
-        running, self._running = self._running, None
-        if running is not None:
-            self._waiting.put(None)
-            running.join()
-
-
-_thread = _Thread()
-settle = _thread.settle
+def end_threads() -> None:
+    """End the threads of all files: a process without threads can be forked. To be called where there are no other
+    threads, which might be writing."""
+    for file in list(_all):
+        file.end_thread()

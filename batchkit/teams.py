@@ -36,9 +36,10 @@ def cores() -> int:
 def can_fork() -> bool:
     """Whether workers begin at once. Threads are counted by the kernel: libraries have some that Python knows not."""
     tasks = Path("/proc/self/task")
-    if sys.platform != "linux" or not tasks.is_dir():
+    others = {thread.name for thread in threading.enumerate() if thread is not threading.current_thread()}
+    if sys.platform != "linux" or not tasks.is_dir() or others - {direct.THREAD}:
         return False
-    direct.settle()
+    direct.end_threads()
     for _ in range(ENDING_TRIES):  # the kernel may still have a thread that Python has joined
         if len(list(tasks.iterdir())) == 1:
             return True

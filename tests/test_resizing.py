@@ -246,9 +246,28 @@ def test_our_own_process_has_one_thread_and_engines_have_theirs(opencv: Any) -> 
     assert "OpenCV" in said
 
 
-def test_threads_of_opencv_are_left_to_who_loaded_it(opencv: Any) -> None:
+def test_opencv_has_its_threads_in_a_process_that_is_not_ours_alone(opencv: Any) -> None:
+    said = python(ASK + SHRINK + "import cv2; print(cv2.getNumThreads())")
+    assert said == python("import cv2; print(cv2.getNumThreads())")
     said = python("import cv2; cv2.setNumThreads(3); " + ASK + SHRINK + "print(cv2.getNumThreads())")
     assert said == "3"
+
+
+def test_a_worker_that_was_forked_off_such_a_process_has_one(opencv: Any) -> None:
+    said = python(
+        "import cv2; cv2.setNumThreads(3); " + ASK + SHRINK + "resizing.own_process(); " + SHRINK
+        + "print(cv2.getNumThreads())"
+    )  # fmt: skip
+    assert said == "1"
+
+
+@pytest.mark.parametrize("module", ["x = 1", "raise RuntimeError('no')"])
+def test_an_opencv_that_is_broken_leaves_it_to_pillow(tmp_path: Path, module: str) -> None:
+    (tmp_path / "cv2").mkdir()
+    (tmp_path / "cv2" / "__init__.py").write_text(module)
+    said = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); " + ASK + SHRINK + "print(resizing.libraries())")
+    assert said.startswith("Pillow ")
+    assert "OpenCV" not in said
 
 
 def test_a_run_says_what_its_images_went_through(
