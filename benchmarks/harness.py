@@ -1,8 +1,8 @@
 """Contenders as processes: how long they take, and how much memory.
 
-`compare` lets them take turns. Round 0 is not timed: it warms the page cache, and in it memory is looked at 50 times a
-second, which costs CPU time. In the rounds that are timed nothing but the contender runs; each begins with another one.
-Outputs are checked in every round.
+`compare` lets them take turns. Round 0 is not timed: in it memory is looked at 50 times a second, which costs CPU time. In
+the rounds that are timed nothing but the contender runs; each begins with another one. Before each turn the inputs are
+read, so that all find them in the page cache. Outputs are checked in every round.
 """
 
 from __future__ import annotations
@@ -79,25 +79,30 @@ class Result:
         return statistics.median(one.cpu for one in self.rounds)
 
 
-def compare(contenders: Sequence[Contender], rounds: int, folder: Path) -> dict[str, Result]:
-    """Every contender once a round, in turns; results in the order in which they were given."""
+def compare(
+    contenders: Sequence[Contender], rounds: int, folder: Path, inputs: Sequence[Path] = ()
+) -> dict[str, Result]:
+    """Every contender once a round, in turns; results in the order in which they were given. `inputs` are files, and
+    folders of files, that they read."""
     # As pip leaves what it installs, the rivals too: a checkout may lie where Python writes no bytecode.
     compileall.compile_dir(Path(__file__).parent.parent / "batchkit", quiet=1)
-    results = {one.name: Result(_turn(one, folder, look=True)) for one in contenders}
+    results = {one.name: Result(_turn(one, folder, inputs, look=True)) for one in contenders}
     for number in range(rounds):
         first = number % len(contenders)
         for one in (*contenders[first:], *contenders[:first]):
             if one.most is None or number < one.most:
-                results[one.name].rounds.append(_turn(one, folder, look=False))
+                results[one.name].rounds.append(_turn(one, folder, inputs, look=False))
     return results
 
 
-def _turn(contender: Contender, folder: Path, *, look: bool) -> Measured:
+def _turn(contender: Contender, folder: Path, inputs: Sequence[Path], *, look: bool) -> Measured:
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
         contender.setup(place)
         command = contender.command(place)
         os.sync()  # nobody pays for what another one has left to be written
+        for path in inputs:
+            _read(path)
         measured = measure(command, look=look, environment=contender.environment, codes=contender.codes)
         note = f"{measured.largest_mb:.0f} MB" if measured.largest_mb is not None else f"{measured.seconds:.2f} s"
         say(f"  {contender.name}: {note}")
@@ -105,6 +110,15 @@ def _turn(contender: Contender, folder: Path, *, look: bool) -> Measured:
     finally:
         shutil.rmtree(place)
     return measured
+
+
+def _read(path: Path) -> None:
+    """Some machines drop from the page cache what was not used for half a minute."""
+    for one in path.rglob("*") if path.is_dir() else [path]:
+        if one.is_file():
+            with open(one, "rb", buffering=0) as stream:
+                while stream.read(1 << 20):
+                    pass
 
 
 def measure(

@@ -96,7 +96,7 @@ def series(folder: Path, sizes: Sequence[int]) -> dict[int, dict[str, Result]]:
             foreign = rows <= PILE_ROWS
             setting = Setting(place / "rows", rows, foreign=foreign)
             contenders = [setting.own(), setting.pile()] if foreign else [setting.own()]
-            found[rows] = compare(contenders, max(1, min(5, 2_000_000 // rows)), place)
+            found[rows] = compare(contenders, max(1, min(5, 2_000_000 // rows)), place, [setting.folder])
     return found
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     with workplace(given.folder) as folder:
         setting = Setting(folder / "rows", rows, foreign=True)
         contenders = [*(setting.rival(name, key) for name, key in RIVALS.items()), setting.own(), setting.pile()]
-        results = compare(contenders, rounds, folder)
+        results = compare(contenders, rounds, folder, [setting.folder])
         setting = Setting(folder / "one", 1, foreign=True)
         single = compare([setting.own(), setting.pile()], max(rounds, 3), folder)
         starts = {name: result.seconds for name, result in single.items()}

@@ -100,7 +100,7 @@ def main() -> None:
     with workplace(given.folder) as folder:
         say(f"prepare, images made smaller: making {count:,} images")
         setting = Setting(folder, distinct, count)
-        results = compare(contenders(setting), rounds, folder)
+        results = compare(contenders(setting), rounds, folder, [setting.tasks, folder / "images"])
     report = Report(
         "prepare_smaller",
         "Prepare, images made smaller",

@@ -106,7 +106,7 @@ def main() -> None:
     with workplace(given.folder) as folder:
         say(f"prepare, images unchanged: making {count:,} images")
         setting = Setting(folder, count)
-        results = compare(contenders(setting), rounds, folder)
+        results = compare(contenders(setting), rounds, folder, [setting.tasks, folder / "images"])
     size = setting.bytes / count
     report = Report(
         "prepare_unchanged",
