@@ -1,8 +1,8 @@
 """Contenders as processes: how long they take, and how much memory.
 
-`compare` lets them take turns. Round 0 is not timed: in it memory is looked at 50 times a second, which costs CPU time. In
-the rounds that are timed nothing but the contender runs; each begins with another one. Before each turn the inputs are
-read, so that all find them in the page cache. Outputs are checked in every round.
+`compare` lets them take turns. Round 0 is not timed: in it memory is looked at 50 times a second, which costs CPU time.
+In the rounds that are timed nothing but the contender runs; each begins with another one. Before each turn the inputs
+are read, so that all find them in the page cache. Outputs are checked in every round.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import io
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -130,17 +131,46 @@ def floor(tasks: Path, target: Path, model: Path) -> None:
 
     The same files are fsynced as by `prepare`: the manifest and the seal of the whole preparation, with their folder.
     """
+    _floor(tasks, target, model, _through_cache)
+
+
+def floor_direct(tasks: Path, target: Path, model: Path) -> None:
+    """The same past the page cache, as `prepare` writes."""
+    _floor(tasks, target, model, _past_cache)
+
+
+def _through_cache(path: Path, sizes: Iterator[int]) -> None:
+    nothing = bytes(1 << 20)
+    with open(path, "wb", buffering=1 << 20) as out:
+        out.writelines(nothing[:size] if size <= len(nothing) else bytes(size) for size in sizes)
+
+
+def _past_cache(path: Path, sizes: Iterator[int]) -> None:
+    nothing, written, whole = mmap.mmap(-1, 1 << 20), 0, 0
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    for size in sizes:
+        whole += size
+        while written + len(nothing) <= whole:
+            written += os.write(file, nothing)
+    os.write(file, memoryview(nothing)[: -(-(whole - written) // 4096) * 4096])
+    os.ftruncate(file, whole)
+    os.close(file)
+
+
+def _floor(tasks: Path, target: Path, model: Path, write: Callable[[Path, Iterator[int]], None]) -> None:
     names = iter(json.loads(line)["image"] for line in tasks.read_bytes().splitlines())
     target.mkdir()
     for folder in ("rows", "requests"):
         (target / folder).mkdir()
     os_write(target / "manifest.json", (model / "manifest.json").read_bytes(), durable=True)
-    nothing = bytes(1 << 20)
+
+    def sizes(path: Path) -> Iterator[int]:
+        for size in _line_sizes(model, path):
+            (tasks.parent / next(names)).read_bytes()
+            yield size
+
     for path in sorted((model / "requests").glob("*.jsonl")):
-        with open(target / "requests" / path.name, "wb", buffering=1 << 20) as out:
-            for size in _line_sizes(model, path):
-                (tasks.parent / next(names)).read_bytes()
-                out.write(nothing[:size] if size <= len(nothing) else bytes(size))
+        write(target / "requests" / path.name, sizes(path))
         for other in (*(model / "rows").glob(f"{path.stem}.*"), path.with_suffix(".json")):
             os_write(target / other.relative_to(model), other.read_bytes())
     os_write(target / "prepared.json", (model / "prepared.json").read_bytes(), durable=True)
@@ -178,6 +208,7 @@ RIVALS: dict[str, Callable[[Path, Path, Path], None]] = {
     "flexllm_smaller": flexllm_smaller,
     "full_decode": full_decode,
     "floor": floor,
+    "floor_direct": floor_direct,
 }
 
 
