@@ -1,11 +1,12 @@
 """`submit` to a local vLLM beside raw `run_batch` on the same requests, with the same engine arguments.
 
 Measured: the seconds that `submit` spends while no engine lives; one raw start per shard; when the first answer is on
-the disk; and what a SIGKILL of everything at half time costs. By default the example's model is asked, which runs on a
-CPU. Each start of vLLM takes half a minute there, so this takes a quarter of an hour.
+the disk; and what a SIGKILL of everything at half time costs, on so many requests that half of the time is not all
+start. By default the example's model is asked, which runs on a CPU. Each start of vLLM takes half a minute there, so
+this takes a quarter of an hour.
 
     python benchmarks/engine.py
-    python benchmarks/engine.py --requests 2000 --rounds 1 --parts beside,kill
+    python benchmarks/engine.py --requests 2000 --rounds 1 --parts beside,kill --killed 30000
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from report import Goal, Report, Table
 
 PARTS = ("beside", "serve", "shards", "kill")
 SHARDS = 3
+KILLED_SHARDS = 12
 ALIKE = 0.98
 """So many answers must be the same: with other requests beside it in a batch, a close call may fall otherwise."""
 RAW, SUBMIT, SERVE = "raw run_batch", "batchkit submit", "batchkit submit --engine serve"
@@ -29,13 +31,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {SUBMIT: (), SERVE: ("--engine", "serve")}
 class Trial:
     """The same requests, answered in different ways; `seen` is what each way took."""
 
-    def __init__(self, folder: Path, requests: int) -> None:
+    def __init__(self, folder: Path, requests: int, shards: int) -> None:
+        folder.mkdir()
         self.folder = folder
         self.requests = requests
         self.place = Place(folder, model=str(DIGITS / "model"), args=TINY_ARGS)
         tasks = folder / "tasks.jsonl"
         write_tasks(tasks, requests)
-        options = ["--image-root", str(DIGITS), "--max-tokens", "8", "--max-requests", str(-(-requests // SHARDS))]
+        options = ["--image-root", str(DIGITS), "--max-tokens", "8", "--max-requests", str(-(-requests // shards))]
         self.place.prepare(tasks, *options)
         self.seen: dict[str, list[Seen]] = {}
         self.output = folder / "raw.jsonl"
@@ -124,12 +127,31 @@ def beside(trial: Trial) -> Table:
     return Table("", ["", "seconds", "of these without an engine", "first answer on the disk after"], rows)
 
 
+def killing(trial: Trial, report: Report) -> Table:
+    """Whole jobs, and the same killed at half of their time."""
+    for name in (RAW, SUBMIT):
+        trial.whole(name)
+    killed = {name: trial.kill(name) for name in trial.seen}
+    report.raw["killed"] = killed
+    columns = ["killed at half time", "seconds of the whole", "rows to be done again", "seconds, until all are done"]
+    return Table(
+        f"{trial.requests:,} requests in {KILLED_SHARDS} shards",
+        columns,
+        [
+            [name, f"{trial.median(name):.1f}", f"{lost:,} of {trial.requests:,}", f"{whole:.1f}"]
+            for name, (lost, whole) in killed.items()
+        ],
+    )
+
+
 def main() -> None:
     arguments = parser(__doc__, rounds=1)
     arguments.add_argument("--requests", type=int, help="[default: 1000]")
+    arguments.add_argument("--killed", type=int, help="requests of the jobs that are killed [default: 12000]")
     arguments.add_argument("--parts", help=f"of {','.join(PARTS)} [default: all]")
     given = arguments.parse_args()
     requests = given.requests or (60 if given.quick else 1_000)
+    killed_requests = given.killed or (80 if given.quick else 12_000)
     rounds = min(given.rounds, 1) if given.quick else given.rounds
     parts = given.parts.split(",") if given.parts else ["beside", "kill"] if given.quick else PARTS
     report = Report(
@@ -140,7 +162,7 @@ def main() -> None:
         quick=given.quick,
     )
     with workplace(given.folder) as folder:
-        trial = Trial(folder, requests)
+        trial = Trial(folder / "trial", requests, SHARDS)
         for _ in range(rounds):
             trial.whole(RAW)
             trial.whole(SUBMIT)
@@ -154,11 +176,7 @@ def main() -> None:
             row = [f"{SHARDS} raw starts, one per shard", f"{each:.1f}", f"{each / trial.median(SUBMIT):.2f}"]
             report.tables.append(Table("", ["", "seconds", "times of submit"], [row]))
         if "kill" in parts:
-            killed = {name: trial.kill(name) for name in trial.seen}
-            rows = [[name, f"{lost:,} of {requests:,}", f"{whole:.1f}"] for name, (lost, whole) in killed.items()]
-            columns = ["killed at half time", "rows to be done again", "seconds in all, until all are done"]
-            report.tables.append(Table("", columns, rows))
-            report.raw["killed"] = killed
+            report.tables.append(killing(Trial(folder / "killed", killed_requests, KILLED_SHARDS), report))
     report.raw["seen"] = {name: [one._asdict() for one in seen] for name, seen in trial.seen.items()}
     report.finish(given.json)
 
