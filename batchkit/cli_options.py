@@ -203,7 +203,11 @@ prepare_options = add_options(
         is_flag=True,
         help="Fetch http and https images from hosts in your own network, too, not from public ones alone.",
     ),
-    click.option("--workers", type=click.IntRange(1), help="Processes. Never changes the result. [default: the cores]"),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Processes. Changes no result. [default: the cores, up to 16]",
+    ),
     click.option("--strict", is_flag=True, help="Stop at the first row that cannot become a request."),
 )
 

@@ -75,7 +75,7 @@ class Order(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why the row at `row` of a shard, counted from 0 is rejected."""
+    """Why the row at `row` of a shard, counted from 0, is rejected."""
 
     row: int
     line: int

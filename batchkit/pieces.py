@@ -1,6 +1,6 @@
 """The results of one shard as files of their own, made by a worker process and put together by another.
 
-A piece is made of files that lie here, and of nothing that a process knows of its run: `merging` orders it.
+A piece is made of files that lie here, and of nothing that a process knows of its run: `merging` and `piles` order it.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def own_process() -> None:
 
 
 def resize(image: Image.Image, size: tuple[int, int], kernel: Image.Resampling) -> Image.Image:
-    """`image` in `size`. `kernel` is Pillow's; OpenCV's result is that of Lanczos, but for roundings."""
+    """`image` in `size`. `kernel` is Pillow's; OpenCV's result is nearly that of Lanczos."""
     factors = image.width / size[0], image.height / size[1]
     cv2 = _opencv() if image.mode in ("L", "RGB") and all(LEAST <= one <= MOST for one in factors) else None
     if cv2 is None:

@@ -5,17 +5,12 @@ in any order; it writes, in the order of the rows, the fields of each row and `a
 null. None of them looks at errors, duplicates or strange lines, which is part of what they are quick by.
 
     python benchmarks/merge_rivals.py NAME ROWS.jsonl RESPONSES.jsonl OUT.jsonl
-    python benchmarks/merge_rivals.py --check RESULTS.jsonl OUT.jsonl
-
-`--check` compares what a rival wrote with batchkit's results: the same rows in the same order, with the same answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,44 +121,12 @@ RIVALS: dict[str, Callable[[Path, Path, Path], None]] = {
 }
 
 
-def check(results: Path, out: Path) -> int:
-    """How many rows were compared. Raises `ValueError` at the first that differs."""
-    count = 0
-    with open(results, "rb") as ours, open(out, "rb") as theirs:
-        for count, (one, other) in enumerate(itertools.zip_longest(ours, theirs), 1):
-            expected = {} if one is None else _of_batchkit(json.loads(one))
-            found = {} if other is None else json.loads(other)
-            found.pop("batchkit", None)  # what is known of it beside
-            if one is None or other is None or expected != found:
-                raise ValueError(f"line {count} differs: {expected} in {results}, {other!r} in {out}")
-    return count
-
-
-def _of_batchkit(result: dict[str, Any]) -> dict[str, Any]:
-    """A result as a rival writes it."""
-    answer = result["raw_response"]
-    for name in ("model", "raw_response", "parsed_answer", "error", "batchkit"):
-        del result[name]
-    return {**result, "answer": answer}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare RESULTS.jsonl of batchkit with OUT.jsonl")
-    parser.add_argument("arguments", nargs="+", metavar="NAME ROWS RESPONSES OUT")
+    parser.add_argument("name", choices=RIVALS)
+    parser.add_argument("files", nargs=3, type=Path, metavar="ROWS RESPONSES OUT")
     given = parser.parse_args()
-    if given.check:
-        if len(given.arguments) != 2:
-            parser.error("--check RESULTS.jsonl OUT.jsonl")
-        try:
-            print(f"{check(*map(Path, given.arguments)):,} rows are the same")
-        except ValueError as exc:
-            sys.exit(f"Error: {exc}")
-        return
-    if len(given.arguments) != 4 or given.arguments[0] not in RIVALS:
-        parser.error(f"NAME is one of {', '.join(RIVALS)}; then ROWS RESPONSES OUT")
-    name, *files = given.arguments
-    RIVALS[name](*map(Path, files))
+    RIVALS[given.name](*given.files)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import pytest
 from batchkit import s3
 
 ACCESS_KEY, SECRET_KEY = "AKIATESTTESTTEST", "wJalrXUtnFEMI-not-to-be-seen-anywhere"
-BUCKET = "bucket"
 
 
 def environment(url: str, work: Path) -> dict[str, str]:

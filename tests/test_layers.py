@@ -26,7 +26,14 @@ HEAVY = {
     "torch",
     "jsonschema",
     "ray",
-} | {"pyarrow", "datasets"}
+    "pyarrow",
+    "datasets",
+    "cv2",
+    "numpy",
+    "aiohttp",
+    "msgspec",
+    "xxhash",
+}
 
 
 def layers() -> dict[str, int]:
