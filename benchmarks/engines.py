@@ -70,8 +70,9 @@ class Place:
         return [*BATCHKIT, "submit", str(self.run), *options, "--", *self.args]
 
     def forget(self) -> None:
-        """Nothing was sent."""
-        for path in [*(self.run / "jobs").iterdir(), *(self.run / "responses").iterdir()]:
+        """Nothing was sent, and nothing is known of the engine's speed."""
+        known = (self.run / "engine").glob("speed.json")
+        for path in [*(self.run / "jobs").iterdir(), *(self.run / "responses").iterdir(), *known]:
             path.unlink()
 
     def answer_files(self) -> list[Path]:
