@@ -213,9 +213,7 @@ def _verdicts(text: str | None) -> frozenset[Any]:
     help="For --tasks: the fields whose values are the custom_id. [default: id; VLMEvalKit: index]",
 )
 @click.option("--id-separator", default="|", show_default=True, help="Joins the values of several id fields.")
-@click.option(
-    "--workers", type=click.IntRange(1), help="Processes. Changes no result. [default: the cores, up to 16]"
-)
+@click.option("--workers", type=click.IntRange(1), help="Processes. Changes no result. [default: the cores, up to 16]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @work_dir_option
 def merge_command(
