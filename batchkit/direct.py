@@ -1,5 +1,5 @@
-"""Large files, written past the page cache: a copy that nobody here reads takes longer to find memory for than to
-write. A thread writes while the next buffer is filled.
+"""Large files, written past the page cache: to find memory for a copy there may take longer than to write it, and than
+to read it from the disk again. A thread writes while the next buffer is filled.
 
 Through the page cache after all: where the file system knows no other way, what is too short for a block, and what the
 disk is too slow for.
@@ -131,12 +131,6 @@ class LargeFile(io.BufferedIOBase):
         while self._under_way:
             self._finish_first()
         _write_at(self._file, self._buffer[: self._filled], self._offset)
-
-    def fileno(self) -> int:
-        return self._file
-
-    def writable(self) -> bool:
-        return True
 
     def close(self) -> None:
         if not self.closed:

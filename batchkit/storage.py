@@ -263,7 +263,7 @@ def write_whole(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
 
 @contextlib.contextmanager
 def write_large(path: str | Path) -> Iterator[LargeFile]:
-    """Like `write_whole`, for a file of many megabytes that nobody here reads soon."""
+    """Like `write_whole`, for a file of many megabytes."""
     with _placing(Path(path)) as aside, LargeFile(aside) as stream:
         yield stream
 
