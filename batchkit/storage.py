@@ -291,11 +291,12 @@ def _placing(target: Path, *, durable: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def write_compressed(path: Path) -> Iterator[IO[bytes]]:
     """Like `write_whole`, compressed as the name says. The same content gives the same bytes."""
+    if path.suffix not in COMPRESSED:
+        with write_large(path) as stream:
+            yield stream
+        return
     with write_whole(path) as stream:
         compressed = _compressed(path.suffix, stream)
-        if compressed is None:
-            yield stream
-            return
         with contextlib.closing(compressed):
             yield compressed
 
@@ -343,10 +344,10 @@ def sync_folder(folder: Path) -> None:
 def remove_leftovers(target: Path) -> None:
     """Remove what killed processes wrote aside for `target`: the process in the name is gone from this host, and nobody
     has touched it for a while (another host may write to the same folder)."""
-    import psutil
-
     beginning = f".{target.name}."
     for aside in target.parent.glob(f"{glob.escape(beginning)}*-*.tmp"):
+        import psutil  # as late as this: usually there are none
+
         process = aside.name.removeprefix(beginning).partition("-")[0]
         if not process.isdecimal() or psutil.pid_exists(int(process)):
             continue
