@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol
+from typing import IO, Any, BinaryIO, Protocol, cast
 
 from batchkit import s3
 from batchkit.direct import LargeFile
@@ -292,8 +292,8 @@ def _placing(target: Path, *, durable: bool = False) -> Iterator[Path]:
 def write_compressed(path: Path) -> Iterator[IO[bytes]]:
     """Like `write_whole`, compressed as the name says. The same content gives the same bytes."""
     if path.suffix not in COMPRESSED:
-        with write_large(path) as stream:
-            yield stream
+        with write_large(path) as large:
+            yield cast("IO[bytes]", large)
         return
     with write_whole(path) as stream:
         compressed = _compressed(path.suffix, stream)
