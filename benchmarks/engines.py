@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from harness import BATCHKIT, FailedError, end, say
+from harness import BATCHKIT, FailedError, end, say, sizes
 
 from batchkit.backends.vllm_install import Install, find_install
 
@@ -32,12 +32,15 @@ SCAN_SECONDS = 0.2
 
 
 class Seen(NamedTuple):
-    """`first`: seconds until the first answer was in its file; `engine`: how long engines lived, together."""
+    """`first`: seconds until the first answer was in its file; `engine`: how long engines lived, together. Memory is
+    that of the largest process, and of all; it is looked at with every scan."""
 
     seconds: float
     first: float | None
     engine: float
     answers: int
+    largest_mb: float
+    sum_mb: float
 
 
 class Place:
@@ -127,6 +130,7 @@ def watch(
     os.sync()
     lives: dict[int, tuple[float, float | None]] = {}
     first = None
+    largest = total = 0
     with tempfile.TemporaryFile() as said:
         began, scanned = time.time(), 0.0
         process = psutil.Popen(
@@ -137,6 +141,8 @@ def watch(
                 if time.time() - scanned > SCAN_SECONDS:
                     scanned = time.time()
                     lives.update((one.pid, (one.create_time(), None)) for one in _engines(near) if one.pid not in lives)
+                    family = list(sizes(process))
+                    largest, total = max(largest, *family, 0), max(total, sum(family))
                 _note_ends(lives)
                 if first is None and any_answer(answers()):
                     first = time.time() - began
@@ -154,7 +160,7 @@ def watch(
             )
     _wait_for_ends(near)
     engine = sum((stopped or ended) - started for started, stopped in lives.values())
-    seen = Seen(ended - began, first, engine, answered(answers()))
+    seen = Seen(ended - began, first, engine, answered(answers()), largest / 1e6, total / 1e6)
     early = "none" if first is None else f"{first:.1f} s"
     say(f"  {seen.seconds:.1f} s, first answer {early}, engine {engine:.1f} s, {seen.answers:,} answers")
     return seen

@@ -35,7 +35,7 @@ COMMAND = [sys.executable, "-m", "batchkit"]
 
 
 def main() -> None:
-    arguments = parser(__doc__, rounds=1)
+    arguments = parser(__doc__, rounds=None)
     arguments.add_argument("--rows", help="sizes, separated by commas [default: 10000,100000]")
     given = arguments.parse_args()
     sizes = given.rows or ("1000,5000" if given.quick else "10000,100000")

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +119,7 @@ def gpus() -> str:
 
 
 def arguments() -> argparse.Namespace:
-    made = parser(__doc__, rounds=1)
+    made = parser(__doc__, rounds=None)
     made.add_argument("--model", required=True, help="a name on the model hub, or a folder")
     made.add_argument("--requests", type=int, help="the many [default: 2000]")
     made.add_argument("--few", type=int, help="the few [default: a tenth of the many]")
@@ -153,6 +155,7 @@ def main() -> None:
         quick=given.quick,
         tables=[table(trials, few, many)],
         raw={name: trial._asdict() for name, trial in trials.items()},
+        command=shlex.join(["python", *sys.argv]),
     )
     report.finish(given.json)
 

@@ -141,8 +141,8 @@ def measure(
         )
         try:
             while look and process.poll() is None:
-                sizes = list(_sizes(process))
-                largest, total = max(largest, *sizes, 0), max(total, sum(sizes))
+                family = list(sizes(process))
+                largest, total = max(largest, *family, 0), max(total, sum(family))
                 time.sleep(LOOK_SECONDS)
             code = process.wait()
         finally:
@@ -156,7 +156,7 @@ def measure(
     return Measured(seconds, cpu, largest / 1e6, total / 1e6) if look else Measured(seconds, cpu)
 
 
-def _sizes(process: psutil.Process) -> Iterator[int]:
+def sizes(process: psutil.Process) -> Iterator[int]:
     """The resident memory of a process and of all below it. Pages that two of them share count twice."""
     family = [process]
     with contextlib.suppress(psutil.Error):
@@ -184,11 +184,12 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def parser(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
+def parser(doc: str | None, *, rounds: int | None = 5) -> argparse.ArgumentParser:
+    """With the options that every benchmark has; `rounds` None: everything is done once."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="sizes for trying whether it runs: its figures mean nothing")
-    made.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds [default: {rounds}]")
+    if rounds is not None:
+        made.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds [default: {rounds}]")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     made.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
     return made

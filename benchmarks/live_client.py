@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from engines import texts
 from harness import BATCHKIT, Measured, measure, parser, say, workplace
 from report import Report, Table
 
@@ -81,7 +82,8 @@ async def ask_with_the_sdk(run: Path, url: str, output: Path) -> None:
             for line in lines:
                 request = json.loads(line)
                 answer = await client.chat.completions.create(**request["body"])
-                stream.write(json.dumps({"custom_id": request["custom_id"], "body": answer.model_dump()}) + "\n")
+                response = {"status_code": 200, "body": answer.model_dump()}
+                stream.write(json.dumps({"custom_id": request["custom_id"], "response": response}) + "\n")
 
         await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
 
@@ -135,16 +137,24 @@ def compare(folder: Path, count: int, rounds: int) -> tuple[dict[str, list[Measu
             say(f"live client: round {number + 1} of {rounds}")
             output = folder / "sdk.jsonl"
             found[SDK].append(measure([*me, "--sdk", str(run.path), url, str(output)], look=False))
-            assert len(output.read_bytes().splitlines()) == count
             for path in [*(run.path / "jobs").iterdir(), *(run.path / "responses").iterdir()]:
                 path.unlink()
             command = [*BATCHKIT, "submit", str(run.path), "--endpoints", url, "--concurrency", str(CONCURRENCY)]
             found[OURS].append(measure(command, look=False))
-            responses = [path.read_bytes().splitlines() for path in (run.path / "responses").iterdir()]
-            assert sum(map(len, responses)) == count
+            check(run, output)
     finally:
         server.kill()
     return found, size
+
+
+def check(run: Run, output: Path) -> None:
+    """Both have one answer to each request, and the same ones."""
+    asked = [custom_id for seal in run.seals() for custom_id in run.ids_path(seal.shard).read_text("utf-8").split()]
+    theirs, ours = texts([output]), texts(sorted((run.path / "responses").iterdir()))
+    assert sorted(asked) == sorted(ours)
+    assert ours == theirs
+    lines = sum(1 for path in (run.path / "responses").iterdir() for _ in open(path, "rb"))  # noqa: SIM115
+    assert lines == len(asked)
 
 
 def report_of(found: dict[str, list[Measured]], count: int, size: float, *, quick: bool) -> Report:
@@ -160,7 +170,7 @@ def report_of(found: dict[str, list[Measured]], count: int, size: float, *, quic
         "live_client",
         "Live servers",
         f"{count:,} requests of {size / 1000:,.0f} KB to a loopback server that answers at once, {CONCURRENCY} at a "
-        f"time, medians of {len(found[OURS])} rounds in turns.",
+        f"time, medians of {len(found[OURS])} rounds in turns; every answer was compared.",
         quick=quick,
         tables=[Table("", columns, rows)],
         raw={name: [one._asdict() for one in measured] for name, measured in found.items()},

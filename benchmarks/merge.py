@@ -20,6 +20,9 @@ from harness import BATCHKIT, Contender, Result, compare, parser, say, workplace
 from report import Goal, Report, Table, ranking, ratio, raw_times
 
 RUN, PILE = "batchkit, its own run", "batchkit, a foreign pile"
+ALONE = "batchkit, its own run, 1 worker"
+START = " (one row)"
+"""Behind the name of a contender: what it takes for a single row."""
 PLAIN, DUCKDB = "plain dict loop", "DuckDB, with status and usage"
 RIVALS = {
     PLAIN: "plain_dict",
@@ -32,8 +35,11 @@ RIVALS = {
 SIZES = (10_000, 50_000, 200_000, 1_000_000, 5_000_000)
 PILE_ROWS = 1_000_000
 """Up to here the foreign pile is measured at every size, too."""
+SERIES_ROWS, MOST_ROUNDS = 3_000_000, 15
+"""So many rows are merged in all rounds of one size together, at most in so many: small ones vary more."""
 CONSTANT = 1.25
-"""A cost per row that varies by less is called constant."""
+"""A cost per row that varies by less is called constant. It is that of one worker: of several, how many there are, and
+what their start takes, changes with the rows."""
 MEMORY_MB = 150
 
 
@@ -53,16 +59,16 @@ class Setting:
             if path.is_file():
                 path.unlink()
 
-    def own(self) -> Contender:
+    def own(self, name: str = RUN, *options: str) -> Contender:
         def command(folder: Path) -> list[str]:
-            return [*BATCHKIT, "merge", str(self.run), "-o", str(folder / "out.jsonl")]
+            return [*BATCHKIT, "merge", str(self.run), "-o", str(folder / "out.jsonl"), *options]
 
-        return Contender(RUN, command, self.checked("raw_response"), self.forget)
+        return Contender(name, command, self.checked("raw_response"), self.forget)
 
-    def pile(self) -> Contender:
+    def pile(self, name: str = PILE) -> Contender:
         given = ["--tasks", str(self.folder / merge_data.TASKS), "--responses", str(self.folder / merge_data.RESPONSES)]
         return Contender(
-            PILE,
+            name,
             lambda folder: [*BATCHKIT, "merge", *given, "-o", str(folder / "out.jsonl")],
             self.checked("raw_response"),
         )
@@ -89,30 +95,34 @@ class Setting:
 
 
 def series(folder: Path, sizes: Sequence[int]) -> dict[int, dict[str, Result]]:
-    """The two ways to merge, at each size; the small ones more often."""
+    """The ways to merge, at each size, in turns with a single row."""
     found = {}
+    one = Setting(folder / "one", 1, foreign=True)
     for rows in sizes:
         with workplace(folder) as place:
             foreign = rows <= PILE_ROWS
             setting = Setting(place / "rows", rows, foreign=foreign)
-            contenders = [setting.own(), setting.pile()] if foreign else [setting.own()]
-            found[rows] = compare(contenders, max(1, min(5, 2_000_000 // rows)), place, [setting.folder])
+            contenders = [setting.own(), setting.own(ALONE, "--workers", "1"), one.own(RUN + START)]
+            contenders += [setting.pile(), one.pile(PILE + START)] if foreign else []
+            rounds = max(1, min(MOST_ROUNDS, SERIES_ROWS // rows))
+            found[rows] = compare(contenders, rounds, place, [setting.folder])
     return found
 
 
-def cost(result: Result, rows: int, start: float) -> float:
+def cost(results: dict[str, Result], name: str, rows: int) -> float:
     """µs for each row, without what the command takes for a single one."""
-    return (result.seconds - start) / rows * 1e6
+    start = results[(PILE if name == PILE else RUN) + START].seconds
+    return (results[name].seconds - start) / rows * 1e6
 
 
-def series_table(found: dict[int, dict[str, Result]], starts: dict[str, float]) -> Table:
+def series_table(found: dict[int, dict[str, Result]]) -> Table:
     rows = [
         [
             name, f"{size:,}", f"{result.seconds:.2f}", f"{result.seconds / size * 1e6:.2f}",
-            f"{cost(result, size, starts[name]):.2f}",
+            f"{cost(results, name, size):.2f}",
             f"{result.memory.largest_mb or 0:,.0f}", f"{result.memory.sum_mb or 0:,.0f}",
         ]
-        for name in (RUN, PILE)
+        for name in (RUN, ALONE, PILE)
         for size, results in found.items()
         if (result := results.get(name)) is not None
     ]  # fmt: skip
@@ -120,16 +130,16 @@ def series_table(found: dict[int, dict[str, Result]], starts: dict[str, float]) 
     return Table("Cost per row", columns, rows)
 
 
-def plot(found: dict[int, dict[str, Result]], starts: dict[str, float], target: Path) -> None:
+def plot(found: dict[int, dict[str, Result]], target: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name in (RUN, PILE):
+    for name in (RUN, ALONE, PILE):
         sizes = [size for size, results in found.items() if name in results]
-        costs = [cost(found[size][name], size, starts[name]) for size in sizes]
+        costs = [cost(found[size], name, size) for size in sizes]
         axes.plot(sizes, costs, marker="o", label=name)
     axes.set(xscale="log", xlabel="rows", ylabel="µs per row, without start-up", title="batchkit merge")
     axes.set_ylim(bottom=0)
@@ -138,8 +148,8 @@ def plot(found: dict[int, dict[str, Result]], starts: dict[str, float], target: 
     figure.savefig(target, bbox_inches="tight")
 
 
-def goals(results: dict[str, Result], found: dict[int, dict[str, Result]], starts: dict[str, float]) -> list[Goal]:
-    costs = [cost(one[RUN], size, starts[RUN]) for size, one in found.items()]
+def goals(results: dict[str, Result], found: dict[int, dict[str, Result]]) -> list[Goal]:
+    costs = [cost(one, ALONE, size) for size, one in found.items()]
     most = max(found)
     memory = found[most][RUN].memory
     return [
@@ -149,7 +159,7 @@ def goals(results: dict[str, Result], found: dict[int, dict[str, Result]], start
         Goal(f"merge: largest process at {most:,} rows", memory.largest_mb or 0, MEMORY_MB, most=True, unit="MB"),
         Goal(f"merge: all processes at {most:,} rows", memory.sum_mb or 0, MEMORY_MB, most=True, unit="MB"),
         Goal(
-            f"merge: the dearest row against the cheapest, {min(found):,} to {most:,} rows, without start-up",
+            f"merge: the dearest row against the cheapest, {min(found):,} to {most:,} rows, 1 worker, without start-up",
             max(costs) / min(costs),
             CONSTANT,
             most=True,
@@ -158,7 +168,7 @@ def goals(results: dict[str, Result], found: dict[int, dict[str, Result]], start
 
 
 def main() -> None:
-    arguments = parser(__doc__, rounds=3)
+    arguments = parser(__doc__, rounds=5)
     arguments.add_argument("--rows", type=int, help="[default: 200000]")
     arguments.add_argument("--sizes", help="of the series, separated by commas [default: 10000 to 5000000]")
     given = arguments.parse_args()
@@ -169,27 +179,24 @@ def main() -> None:
         setting = Setting(folder / "rows", rows, foreign=True)
         contenders = [*(setting.rival(name, key) for name, key in RIVALS.items()), setting.own(), setting.pile()]
         results = compare(contenders, rounds, folder, [setting.folder])
-        setting = Setting(folder / "one", 1, foreign=True)
-        single = compare([setting.own(), setting.pile()], max(rounds, 3), folder)
-        starts = {name: result.seconds for name, result in single.items()}
         found = series(folder, sizes)
+    start = found[min(found)][RUN + START].seconds
     report = Report(
         "merge",
         "Merge",
         f"{rows:,} rows with as many shuffled responses, medians of {rounds} rounds in turns, all results checked. "
-        f"A merge of one row takes {starts[RUN]:.2f} s, which is taken off only where it says so.",
+        f"A merge of one row takes {start:.2f} s, which is taken off only where it says so.",
         quick=given.quick,
     )
-    report.tables += [ranking("", results, rival=PLAIN, unit="rows", amount=rows), series_table(found, starts)]
-    report.goals += goals(results, found, starts)
+    report.tables += [ranking("", results, rival=PLAIN, unit="rows", amount=rows), series_table(found)]
+    report.goals += goals(results, found)
     report.raw = {
         "contenders": raw_times(results),
-        "start": raw_times(single),
         "series": {str(size): raw_times(one) for size, one in found.items()},
     }
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        plot(found, starts, given.json.with_name("merge_cost_per_row.svg"))
+        plot(found, given.json.with_name("merge_cost_per_row.svg"))
         report.plots.append("merge_cost_per_row.svg")
     report.finish(given.json)
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +51,8 @@ class Goal:
 
 @dataclass
 class Report:
-    """`text` says in one paragraph what was done; `raw` is every measurement, for JSON alone."""
+    """`text` says in one paragraph what was done; `raw` is every measurement, for JSON alone. `command` does the same
+    again, if it is not the bare name."""
 
     name: str
     title: str
@@ -60,10 +62,12 @@ class Report:
     goals: list[Goal] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         goals = [{**asdict(goal), "met": goal.met} for goal in self.goals]
-        return {**asdict(self), "goals": goals, "command": f"python benchmarks/{self.name}.py", "machine": machine()}
+        command = self.command or f"python benchmarks/{self.name}.py"
+        return {**asdict(self), "goals": goals, "command": command, "machine": machine()}
 
     def finish(self, target: Path | None) -> None:
         """Print it; write it as JSON where a file is named."""
@@ -108,6 +112,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / (1 << 30), 1),
+        "files": _file_system(Path(tempfile.gettempdir())),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "load": round(os.getloadavg()[0], 2),
@@ -124,6 +129,15 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _file_system(folder: Path) -> str:
+    """What the benchmarks work on, unless they are told otherwise: the kind, and the device."""
+    found = [one for one in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(one.mountpoint)]
+    if not found:
+        return "an unknown file system"
+    nearest = max(found, key=lambda one: len(one.mountpoint))
+    return f"{nearest.fstype} on {nearest.device}"
 
 
 def _version(name: str) -> str | None:
@@ -143,7 +157,8 @@ def markdown(reports: Sequence[Mapping[str, Any]], about: Mapping[str, Any], fai
     if any(report.get("quick") for report in reports):
         lines += ["**Made with `--quick`: it shows that everything runs; the figures mean nothing.**", ""]
     lines.append(
-        f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['kernel']}, {about['python']}; "
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['files']}, {about['kernel']}, "
+        f"{about['python']}; "
         f"load when it began {about['load']}. {packages}."
     )
     lines.append("")
