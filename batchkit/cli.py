@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from batchkit import __version__, cli_messages, resizing
+from batchkit import __version__, cli_messages, ownership
 from batchkit.cli_options import (
     BACKENDS,
     HOST_NAMES,
@@ -73,7 +73,7 @@ def main() -> None:
     Exit codes: 0 done, every row has an answer; 1 error; 2 usage; 3 finished, but some rows have no answer; 4 no
     valid key; 8 rows are still pending; 130 interrupted.
     """
-    resizing.own_process()
+    ownership.claim()
 
 
 @main.command("prepare")

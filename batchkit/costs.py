@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from batchkit import outcomes
 from batchkit.counts import Counts
+from batchkit.due import to_send
 from batchkit.errors import UsageError
 from batchkit.handover import Cost, Settings
 from batchkit.manifests import Seal, as_ranges
@@ -104,4 +105,4 @@ def refuse_too_dear(run: Run, seals: Sequence[Seal], costs: Costs, settings: Set
 
 def _due(run: Run, seal: Seal, settings: Settings) -> list[int]:
     found = outcomes.load(run, seal)
-    return outcomes.to_send(found, attempts=settings.attempts, retry=settings.retry, only=settings.only)
+    return to_send(found, attempts=settings.attempts, retry=settings.retry, only=settings.only)

@@ -15,10 +15,11 @@ import msgspec
 import xxhash
 
 from batchkit import __version__, outcomes
+from batchkit.due import is_due, to_send
 from batchkit.errors import BatchkitError
 from batchkit.jobs import OVER, Job
 from batchkit.manifests import Seal
-from batchkit.outcomes import ShardOutcomes, is_due
+from batchkit.outcomes import ShardOutcomes
 from batchkit.responses import ANSWERS, Verdict
 from batchkit.runs import Run
 from batchkit.storage import write_whole
@@ -74,7 +75,7 @@ class Tally(msgspec.Struct, frozen=True):
         return sum(group.rows for group in self._own if group.reused)
 
     def due(self, *, attempts: int, retry: frozenset[Verdict] = frozenset()) -> int:
-        """How many `submit` has to send, as `outcomes.to_send`; nothing here knows whether an answer is invalid."""
+        """How many `submit` has to send, as `due.to_send`; nothing here knows whether an answer is invalid."""
         return sum(group.rows for group in self._own if is_due(group, attempts, retry))
 
 
@@ -148,7 +149,7 @@ class Counts:
             found = self.of(seal)
             return found, found.due(attempts=attempts, retry=retry)
         loaded = outcomes.load(self._run, seal)
-        return tally(loaded), len(outcomes.to_send(loaded, attempts=attempts, retry=retry, only=only))
+        return tally(loaded), len(to_send(loaded, attempts=attempts, retry=retry, only=only))
 
     def is_done(
         self, seal: Seal, *, attempts: int, retry: frozenset[Verdict], only: Container[int] | None = None

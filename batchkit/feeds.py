@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from batchkit import outcomes
 from batchkit.counts import Counts
+from batchkit.due import to_send
 from batchkit.errors import BatchkitError, RunError, UsageError
 from batchkit.jobs import OVER
 from batchkit.manifests import PREPARE_AGAIN, Seal
@@ -177,7 +178,7 @@ class Cleaner:
             return False
         found = outcomes.load(self._run, seal)
         flying = any(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in found.outcomes)
-        return not flying and not outcomes.to_send(found, attempts=self._attempts)
+        return not flying and not to_send(found, attempts=self._attempts)
 
 
 def refuse_deleted(

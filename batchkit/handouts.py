@@ -17,6 +17,7 @@ import msgspec
 
 from batchkit import elsewhere, outcomes, presigning, s3, sessions, ways
 from batchkit.backends import vllm_install
+from batchkit.due import to_send
 from batchkit.errors import RunBusyError, RunError, UsageError
 from batchkit.feeds import select
 from batchkit.jobs import Attempt
@@ -172,7 +173,7 @@ def _look(run: Run, seal: Seal) -> tuple[list[Attempt], list[int], int]:
     """The attempts that are out, the positions that are due, and how many requests are in flight."""
     found = outcomes.load(run, seal)
     flying = sum(outcome.in_flight for outcome in found.own)
-    return elsewhere.open_in(run, seal.shard), outcomes.to_send(found, attempts=3), flying
+    return elsewhere.open_in(run, seal.shard), to_send(found, attempts=3), flying
 
 
 def _check_requests(run: Run, seal: Seal) -> None:

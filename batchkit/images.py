@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pybase64
 
-from batchkit import headers, resizing
+from batchkit import headers, ownership, resizing
 from batchkit.errors import RowError
 from batchkit.references import shown
 from batchkit.sizes import bounded, sent_size
@@ -170,7 +170,7 @@ def _convert(image: Image.Image, data: bytes, options: ImageOptions, name: str) 
 def _encode(image: Image.Image, size: tuple[int, int], media_type: str, quality: int) -> Picture:
     from PIL import Image, ImageOps
 
-    resizing.keep_memory()
+    ownership.keep_memory()
     whole = image.size
     orientation = image.getexif().get(ORIENTATION, 1)
     if size != image.size:

@@ -10,6 +10,7 @@ import msgspec
 
 from batchkit import outcomes, parcels
 from batchkit.counts import Counts
+from batchkit.due import to_send
 from batchkit.errors import RunBusyError
 from batchkit.feeds import Feed
 from batchkit.handover import Settings
@@ -102,7 +103,7 @@ class Queue:
         if not self.hold(seal):
             return
         found = outcomes.load(self._run, seal)
-        due = outcomes.to_send(found, attempts=wanted.attempts, retry=wanted.retry, only=wanted.only)
+        due = to_send(found, attempts=wanted.attempts, retry=wanted.retry, only=wanted.only)
         handled = self._handled.get(seal.shard, set())
         self._parcels.extend(parcels.cut(self._run, seal, [row for row in due if row not in handled], self._limits))
         if not self._parcels:

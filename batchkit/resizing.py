@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from batchkit.ownership import is_ours
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,33 +26,13 @@ CUBIC = -0.75
 STEPS = 32
 """The filters are compared at so many places a pixel."""
 
-KEPT_BYTES = 64 << 20
-"""What malloc keeps of the memory that one image took, for the next one: to ask the system for new pages each time
-takes a sixth of all the time."""
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MOST = -1, -3, 32 << 20
-"""Of mallopt(3), in glibc's malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, and the most that the latter may be."""
-
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-
-
-class _Process:
-    """Whether this process does nothing but batchkit's work, and whether it keeps memory already."""
-
-    ours = False
-    keeps = False
-
-
-def own_process() -> None:
-    """To be called where this process does nothing but batchkit's work: then libraries start no threads in it, so that
-    workers can be forked off it (`teams`), and its malloc may keep what it has."""
-    _Process.ours = True
-    _opencv.cache_clear()  # a process that was forked off another's has it from there, with threads
 
 
 def resize(image: Image.Image, size: tuple[int, int], kernel: Image.Resampling) -> Image.Image:
     """`image` in `size`. `kernel` is Pillow's; OpenCV's result is nearly that of Lanczos."""
     factors = image.width / size[0], image.height / size[1]
-    cv2 = _opencv() if image.mode in ("L", "RGB") and all(LEAST <= one <= MOST for one in factors) else None
+    cv2 = _opencv(ours=is_ours()) if image.mode in ("L", "RGB") and all(LEAST <= one <= MOST for one in factors) else None
     if cv2 is None:
         return image.resize(size, kernel, reducing_gap=2.0)
     import numpy as np
@@ -64,35 +45,23 @@ def resize(image: Image.Image, size: tuple[int, int], kernel: Image.Resampling) 
     return made
 
 
-def keep_memory() -> None:
-    """Let the next image use the memory of the one before, where the process is ours and its malloc is glibc's."""
-    if not _Process.ours or _Process.keeps or sys.platform != "linux":
-        return
-    _Process.keeps = True
-    import ctypes
-
-    with contextlib.suppress(AttributeError):  # musl has no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, _MMAP_MOST)
-        mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
-
-
 def libraries() -> str:
     """What images are changed with, for the manifest: other libraries make other bytes of the same image."""
     import PIL
 
-    cv2 = _opencv()
+    cv2 = _opencv(ours=is_ours())
     return f"Pillow {PIL.__version__}" + (f", OpenCV {cv2.__version__}" if cv2 is not None else "")
 
 
 @functools.cache
-def _opencv() -> Any:
-    """The module `cv2`; None where it is not there, does not load (for want of libGL, say), or is half removed."""
+def _opencv(*, ours: bool) -> Any:
+    """The module `cv2`; None where it is not there, does not load (for want of libGL, say), or is half removed. In a
+    process that is `ours` it has no threads, even where that was forked off another's, which has loaded it."""
     try:
-        with _without_threads():
+        with _without_threads() if ours else contextlib.nullcontext():
             import cv2
 
-            if _Process.ours:
+            if ours:
                 cv2.setNumThreads(1)  # processes divide the work
             found: Any = (cv2, cv2.sepFilter2D, cv2.resize, cv2.__version__)[0]
     except Exception:  # noqa: BLE001  # whatever is wrong with it: Pillow does it, too
@@ -102,10 +71,8 @@ def _opencv() -> Any:
 
 @contextlib.contextmanager
 def _without_threads() -> Iterator[None]:
-    """OpenBLAS, which NumPy and OpenCV bring along, starts a thread for each core when it is loaded in the block; none
-    where the process is ours."""
-    before = os.environ.get(_BLAS_THREADS)
-    if not _Process.ours or before is not None:
+    """OpenBLAS, which NumPy and OpenCV bring along, starts a thread for each core when it is loaded; none in the block."""
+    if _BLAS_THREADS in os.environ:
         yield
         return
     os.environ[_BLAS_THREADS] = "1"

@@ -14,6 +14,7 @@ from batchkit import attempts, outcomes
 from batchkit.attempts import Tracked
 from batchkit.batches import Service
 from batchkit.costs import spent_on
+from batchkit.due import to_retry
 from batchkit.errors import BatchkitError, RunBusyError, ServiceError
 from batchkit.feeds import Feed
 from batchkit.fetching import NOT_NOW
@@ -320,7 +321,7 @@ class Services:
 
     def _send_again(self, tracked: Tracked) -> None:
         found = outcomes.load(self._run, tracked.seal)
-        again = outcomes.to_retry(found, tracked.positions, attempts=self._settings.attempts)
+        again = to_retry(found, tracked.positions, attempts=self._settings.attempts)
         if again and not self._stopped:
             self._progress.say(
                 f"{tracked.label}: {counted(len(again), 'request')} expired or failed in passing; once more"

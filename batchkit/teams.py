@@ -34,14 +34,14 @@ def cores() -> int:
 
 
 def can_fork() -> bool:
-    """Whether workers begin at once. Threads are counted by the kernel: libraries have some that Python knows not."""
+    """Whether workers begin at once. Threads are counted by the kernel: libraries have some that Python knows not.
+    Those of `direct` do not count: they end when it comes to that."""
     tasks = Path("/proc/self/task")
-    others = {thread.name for thread in threading.enumerate() if thread is not threading.current_thread()}
-    if sys.platform != "linux" or not tasks.is_dir() or others - {direct.THREAD}:
+    others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+    if sys.platform != "linux" or not tasks.is_dir() or set(others) - {direct.THREAD}:
         return False
-    direct.end_threads()
     for _ in range(ENDING_TRIES):  # the kernel may still have a thread that Python has joined
-        if len(list(tasks.iterdir())) == 1:
+        if len(list(tasks.iterdir())) == 1 + len(others):
             return True
         time.sleep(0.001)
     return False
@@ -90,6 +90,7 @@ def _done(task: T, future: Future[R]) -> tuple[T, R]:
 def begin(workers: int, initializer: Callable[..., None], arguments: tuple[Any, ...]) -> Executor:
     """A pool of processes. `initializer` is called in each of them with `arguments`; it calls `begin_worker` first."""
     if can_fork():
+        direct.end_threads()
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 

@@ -11,6 +11,7 @@ import msgspec
 from batchkit import outcomes
 from batchkit.backends.vllm import End
 from batchkit.counts import Counts, Tally
+from batchkit.due import to_send
 from batchkit.errors import RunBusyError, StorageError
 from batchkit.manifests import Seal
 from batchkit.responses import Verdict
@@ -182,7 +183,7 @@ class Work:
                 continue
             # Looked at again: another process may have worked on it before we held its lease.
             found = outcomes.load(self._run, seal)
-            due = outcomes.to_send(found, attempts=self._attempts, retry=self._retry, only=self._only)
+            due = to_send(found, attempts=self._attempts, retry=self._retry, only=self._only)
             self._rest = [(seal.shard, position) for position in due]
             if self._rest:
                 return True

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchkit import clusters, resizing, teams
+from batchkit import clusters, ownership, teams
 from batchkit.arenas import SLOT_BYTES, Arena, Corner
 from batchkit.conversion import Converted, Converter
 from batchkit.errors import BatchkitError, EngineError
@@ -238,7 +238,7 @@ def _convert_there(token: str, make: Callable[[], Converter], rows: list[Row]) -
 def _start_worker(make: Callable[[], Converter], parent: int, arena: str | None) -> None:
     global _converter, _corner  # noqa: PLW0603  # the state of a worker process: there is no other place
     teams.begin_worker(parent)
-    resizing.own_process()
+    ownership.claim()
     _converter = make()
     _corner = Corner(arena)
 

@@ -18,6 +18,7 @@ import pytest
 
 from batchkit import cancelling, counts, engines, outcomes, reporting
 from batchkit.counts import Counts
+from batchkit.due import to_send
 from batchkit.errors import RunError, StorageError
 from batchkit.jobs import Attempt, Job, Remote
 from batchkit.manifests import Rejection, Seal, now
@@ -53,7 +54,7 @@ def assert_true(run: Run) -> None:
             assert found.flying == sum(outcome.in_flight and outcome.verdict not in ANSWERS for outcome in loaded.own)
             for attempts in (1, 2, 3):
                 for retry in RETRIES:
-                    due = len(outcomes.to_send(loaded, attempts=attempts, retry=retry))
+                    due = len(to_send(loaded, attempts=attempts, retry=retry))
                     assert found.due(attempts=attempts, retry=retry) == due
                     assert known.look(seal, attempts=attempts, retry=retry)[1] == due
                     if known.is_done(seal, attempts=attempts, retry=retry):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from batchkit.due import to_send
 from batchkit.errors import RunError
 from batchkit.jobs import AttemptState
-from batchkit.outcomes import ShardOutcomes, load, to_send
+from batchkit.outcomes import ShardOutcomes, load
 from batchkit.responses import Verdict
 from tests.made_runs import ENGINE_DIED, MadeRun, failure_line, response_line
 

@@ -66,7 +66,7 @@ def by_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(work: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(resizing, "_opencv", lambda: None)
+            patch.setattr(resizing, "_opencv", lambda **_: None)
             return work()
 
     return call
@@ -220,7 +220,7 @@ class Told(Silent):
 WITHOUT = "import sys; sys.modules['cv2'] = None; "
 
 
-ASK = "from PIL import Image; from batchkit import resizing, teams; "
+ASK = "from PIL import Image; from batchkit import ownership, resizing, teams; "
 SHRINK = "made = resizing.resize(Image.new('RGB', (60, 40)), (40, 20), Image.Resampling.LANCZOS); "
 
 
@@ -239,7 +239,7 @@ def test_without_opencv_pillow_does_it() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_our_own_process_has_one_thread_and_engines_have_theirs(opencv: Any) -> None:
     said = python(
-        ASK + "import os; resizing.own_process(); resizing.keep_memory(); " + SHRINK + "print(resizing.libraries(), "
+        ASK + "import os; ownership.claim(); ownership.keep_memory(); " + SHRINK + "print(resizing.libraries(), "
         "teams.can_fork(), os.environ.get('OPENBLAS_NUM_THREADS'))"
     )
     assert said.endswith("True None")
@@ -255,7 +255,7 @@ def test_opencv_has_its_threads_in_a_process_that_is_not_ours_alone(opencv: Any)
 
 def test_a_worker_that_was_forked_off_such_a_process_has_one(opencv: Any) -> None:
     said = python(
-        "import cv2; cv2.setNumThreads(3); " + ASK + SHRINK + "resizing.own_process(); " + SHRINK
+        "import cv2; cv2.setNumThreads(3); " + ASK + SHRINK + "ownership.claim(); " + SHRINK
         + "print(cv2.getNumThreads())"
     )  # fmt: skip
     assert said == "1"

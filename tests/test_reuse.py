@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from batchkit import merge, outcomes, plan, prepare, status, submit, takeovers
 from batchkit.cli import main
+from batchkit.due import to_send
 from batchkit.errors import RunError, UsageError
 from batchkit.jobs import Attempt, Job
 from batchkit.manifests import now
@@ -181,7 +182,7 @@ def test_only_answers_are_taken_over(write_tasks: WriteTasks, tmp_path: Path) ->
     assert [outcome.verdict.value for outcome in found] == [
         "answered", "truncated", "refused", "pending", "pending", "pending", "answered",
     ]  # fmt: skip
-    assert outcomes.to_send(outcomes.load(new, next(new.seals())), attempts=3) == [3, 4, 5]
+    assert to_send(outcomes.load(new, next(new.seals())), attempts=3) == [3, 4, 5]
 
 
 def test_equal_requests_keep_the_answers_of_their_own_rows(write_tasks: WriteTasks, tmp_path: Path) -> None:
@@ -466,7 +467,7 @@ def test_a_kill_at_any_step_of_prepare_gives_the_same_and_never_a_shard_to_send_
         if Run.exists(run):
             opened = Run.open(run)
             for seal in opened.seals():  # whatever is sealed could be sent now: what is reused must not be
-                due = outcomes.to_send(outcomes.load(opened, seal), attempts=3)
+                due = to_send(outcomes.load(opened, seal), attempts=3)
                 assert due == [p for p in range(seal.start, seal.end) if p == 0 or (p - 1) % 3 == 0]
         make(tasks, run, **options)
         assert snapshot(run) == expected
