@@ -1,4 +1,4 @@
-"""Whether this process does nothing but batchkit's work: then it may do what no library may do to its user's process."""
+"""Whether this process does nothing but batchkit's work: then it may do what no library may do to a user's process."""
 
 from __future__ import annotations
 

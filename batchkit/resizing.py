@@ -32,7 +32,8 @@ _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 def resize(image: Image.Image, size: tuple[int, int], kernel: Image.Resampling) -> Image.Image:
     """`image` in `size`. `kernel` is Pillow's; OpenCV's result is nearly that of Lanczos."""
     factors = image.width / size[0], image.height / size[1]
-    cv2 = _opencv(ours=is_ours()) if image.mode in ("L", "RGB") and all(LEAST <= one <= MOST for one in factors) else None
+    suits = image.mode in ("L", "RGB") and all(LEAST <= one <= MOST for one in factors)
+    cv2 = _opencv(ours=is_ours()) if suits else None
     if cv2 is None:
         return image.resize(size, kernel, reducing_gap=2.0)
     import numpy as np
@@ -71,7 +72,7 @@ def _opencv(*, ours: bool) -> Any:
 
 @contextlib.contextmanager
 def _without_threads() -> Iterator[None]:
-    """OpenBLAS, which NumPy and OpenCV bring along, starts a thread for each core when it is loaded; none in the block."""
+    """OpenBLAS, which NumPy and OpenCV bring along, starts a thread a core when it is loaded, but none in the block."""
     if _BLAS_THREADS in os.environ:
         yield
         return
