@@ -13,22 +13,29 @@ import mmap
 import os
 import queue
 import threading
+import time
 import weakref
 from collections import deque
 from types import TracebackType
 from typing import Any, Self
+
+from batchkit.reserving import Reservation
 
 BUFFER_BYTES = 1 << 20
 BUFFERS = 4
 """Where they lie in memory and in the file, and how long they are, is a multiple of any disk's logical blocks, as
 open(2) asks of direct writes."""
 
-PATIENCE = 0.002
-"""Seconds for which a full buffer waits for its turn. A disk that takes longer is slower than the page cache."""
+TRIED = 8
+SLOW_SECONDS = 0.004
+"""Where the last so many buffers took longer than this, on average, the disk is slower than the page cache: all of the
+rest goes through that. What is written both ways at once waits for the disk both ways: ext4 and others let only one
+write at a time to a file that grows."""
 
 THREAD = "batchkit-writing"
 """Its name."""
 
+_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)  # not on macOS
 
 _spare: list[memoryview] = []
@@ -43,24 +50,38 @@ class LargeFile(io.BufferedIOBase):
     At the end of a `with` block that an exception leaves, what is in the buffers is thrown away.
     """
 
+    _is_made = False
+    """Files are closed when they are forgotten, also those that could not be made."""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._free = [_spare.pop() if _spare else _new_buffer() for _ in range(BUFFERS)]
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = _open_direct(path)
         self._process = os.getpid()
-        self._free = [_spare.pop() if _spare else _new_buffer() for _ in range(BUFFERS)]
         self._under_way: deque[_Writing] = deque()
         self._buffer = self._free.pop()
         self._filled = 0
+        self._flushed = 0
+        """So much of the buffer is in the file already."""
         self._offset = 0
         """Where in the file the buffer begins."""
+        self._times: deque[float] = deque(maxlen=TRIED)
+        """Seconds that the last buffers took to be on the disk."""
+        self._reservation = Reservation(self._file)
         self._threads: list[threading.Thread] = []
         self._waiting: queue.SimpleQueue[_Writing | None] | None = None
         """What the last of the threads is given; None where that one is to end."""
         self._error: BaseException | None = None
         self._is_abandoned = False
+        self._is_made = True
         _all.add(self)
 
+    def writable(self) -> bool:
+        return True
+
     def write(self, data: Any, /) -> int:
+        if self.closed:
+            raise ValueError("write to closed file")  # its buffers may be another's
         size, end = len(data), self._filled + len(data)
         if end <= BUFFER_BYTES:
             self._buffer[self._filled : end] = data
@@ -78,17 +99,23 @@ class LargeFile(io.BufferedIOBase):
 
     def _hand_over(self) -> None:
         """Have the full buffer written while another is filled, or write it here."""
-        while self._under_way and self._under_way[0].done.wait(0 if self._free else PATIENCE):
+        direct = self._direct if not self._is_slow() else None
+        while self._under_way and (direct is None or not self._free or self._under_way[0].done.is_set()):
             self._finish_first()
-        if self._direct is not None and self._free and (waiting := self._thread()) is not None:
-            writing = _Writing(self._direct, self._file, self._buffer, self._offset)
+        if direct is not None and (waiting := self._thread()) is not None:
+            writing = _Writing(direct, self._file, self._buffer, self._offset)
             self._under_way.append(writing)
             waiting.put(writing)
             self._buffer = self._free.pop()
         else:
+            self._reservation.cover(self._offset + self._filled)
             _write_at(self._file, self._buffer, self._offset)
         self._offset += self._filled
-        self._filled = 0
+        self._filled = self._flushed = 0
+
+    def _is_slow(self) -> bool:
+        """Whether the disk has shown that it is slower than the page cache."""
+        return len(self._times) == TRIED and sum(self._times) > TRIED * SLOW_SECONDS
 
     def _thread(self) -> queue.SimpleQueue[_Writing | None] | None:
         """What the thread takes its work from; None where there can be no thread."""
@@ -117,6 +144,7 @@ class LargeFile(io.BufferedIOBase):
         writing.done.wait()
         self._under_way.popleft()
         self._free.append(writing.buffer)
+        self._times.append(writing.seconds)
         self._error = self._error or writing.error
         if self._error is not None:
             raise self._error
@@ -124,29 +152,37 @@ class LargeFile(io.BufferedIOBase):
     def flush(self) -> None:
         """Have everything in the file, as far as the system is concerned."""
         # A forked process has the buffers of its parent.
-        if self.closed or self._is_abandoned or os.getpid() != self._process:
+        if not self._is_made or self.closed or self._is_abandoned or os.getpid() != self._process:
             return
         if self._error is not None:
             raise self._error
         while self._under_way:
             self._finish_first()
-        _write_at(self._file, self._buffer[: self._filled], self._offset)
+        _write_at(self._file, self._buffer[self._flushed : self._filled], self._offset + self._flushed)
+        self._flushed = self._filled
 
     def close(self) -> None:
         if not self.closed:
             try:
                 super().close()  # which flushes
             finally:
-                self._release()
+                if self._is_made:
+                    self._release()
 
     def _release(self) -> None:
         if os.getpid() == self._process:
             self.end_thread()  # before the numbers of the files can be another's
             _spare.extend((self._buffer, *self._free))
             del _spare[BUFFERS:]
-        os.close(self._file)
-        if self._direct is not None:
-            os.close(self._direct)
+        try:
+            if os.getpid() == self._process:
+                self._reservation.end()
+        finally:
+            try:
+                os.close(self._file)
+            finally:
+                if self._direct is not None:
+                    os.close(self._direct)
 
     def __enter__(self) -> Self:
         return self
@@ -168,21 +204,24 @@ class _Writing:
     def __init__(self, direct: int, file: int, buffer: memoryview, offset: int) -> None:
         self.buffer = buffer
         self.error: BaseException | None = None
+        self.seconds = 0.0
         self.done = threading.Event()
         self._direct = direct
         self._file = file
         self._offset = offset
 
     def do(self) -> None:
+        began = time.monotonic()
         try:
             try:
                 _write_at(self._direct, self.buffer, self._offset)
             except OSError as exc:
-                if exc.errno != errno.EINVAL:  # some file systems let themselves be asked, and refuse then
+                if exc.errno not in _REFUSED:  # some file systems let themselves be asked, and refuse then
                     raise
                 _write_at(self._file, self.buffer, self._offset)
         except BaseException as exc:  # noqa: BLE001  # whatever it is: whoever waits for this must hear of it
             self.error = exc
+        self.seconds = time.monotonic() - began
         self.done.set()
 
 

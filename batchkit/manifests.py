@@ -41,7 +41,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`image_libraries` are what images are changed with, by name and version; empty where they stay as they are."""
+    """`image_libraries` are what images are made smaller with, by name and version; empty where none are."""
 
     format: int
     batchkit: str

@@ -24,6 +24,7 @@ from batchkit.s3 import is_s3
 from batchkit.sheets import Encoder, Sheet, Writer
 from batchkit.storage import (
     COMPRESSED,
+    Stream,
     is_remote,
     read_blocks,
     remove,
@@ -123,7 +124,7 @@ class Outputs:
 
     def __init__(self, to: Places, encoder: Encoder, billing: Billing | None = None, *, retry: bool = True) -> None:
         self._has_retry = retry
-        self._retry: IO[bytes] | None = None
+        self._retry: Stream | None = None
         self._tally = Tally()
         self._album = Album(to.images)
         self._billing = billing

@@ -180,13 +180,12 @@ def _manifest(source: Source, options: PrepareOptions) -> Manifest:
         model=options.model,
         backend=options.backend,
         options=kept,
-        image_libraries=resizing.libraries() if _changes_images(options) else "",
+        image_libraries=resizing.libraries() if _shrinks(options) else "",
     )
 
 
-def _changes_images(options: PrepareOptions) -> bool:
-    sized = not (options.max_side is None and options.max_pixels is None and options.fit is None)
-    return sized or options.image_format != "keep"
+def _shrinks(options: PrepareOptions) -> bool:
+    return not (options.max_side is None and options.max_pixels is None and options.fit is None)
 
 
 def _image_root(source: Source, options: PrepareOptions) -> str:
@@ -288,7 +287,7 @@ def _prepare_rest(
 
 def _tell_libraries(run: Run, shards: int, options: PrepareOptions, progress: Progress) -> None:
     """Say it where the pictures of one run will have been made by two libraries: alike to the eye, not by the byte."""
-    before, now_is = run.manifest.image_libraries, resizing.libraries() if _changes_images(options) else ""
+    before, now_is = run.manifest.image_libraries, resizing.libraries() if _shrinks(options) else ""
     if shards and before and before != now_is:
         progress.say(f"warning: the run was begun with {before}; the images from shard {shards} on go through {now_is}")
 

@@ -30,36 +30,52 @@ def _fallocate() -> Callable[..., int] | None:
     return found
 
 
-class ReservingFile(io.FileIO):
-    """A new file, written from its beginning to its end. Where nothing can be reserved, it is one like others."""
+class Reservation:
+    """Room for a new file that is written from its beginning to its end, by its descriptor."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path, "wb")
-        self._written = self._reserved = 0
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._reserved = 0
         self._reserves = True
 
-    def write(self, data: Any, /) -> int:
-        self._written += len(data)
-        if self._reserves and self._written > max(self._reserved, FIRST_BYTES):
-            self._reserve()
-        return super().write(data)
-
-    def _reserve(self) -> None:
+    def cover(self, end: int) -> None:
+        """Bytes up to `end` are about to be written: have room for them, and for some that may follow."""
+        if not self._reserves or end <= max(self._reserved, FIRST_BYTES):
+            return
         fallocate = _fallocate()
-        more = max(self._written - self._reserved, min(MOST_BYTES, self._written))
-        if fallocate is None or fallocate(self.fileno(), _KEEP_SIZE, self._reserved, more) != 0:
+        more = max(end - self._reserved, min(MOST_BYTES, end))
+        if fallocate is None or fallocate(self._file, _KEEP_SIZE, self._reserved, more) != 0:
             self._reserves = False  # also on a full disk: what is written may fit yet
             self._give_back()
         else:
             self._reserved += more
 
+    def end(self) -> None:
+        """Give back what nothing was written to."""
+        if self._reserved:
+            self._give_back()
+
     def _give_back(self) -> None:
         """What was reserved and not used; some may be even where all could not be had."""
-        os.ftruncate(self.fileno(), os.fstat(self.fileno()).st_size)
+        os.ftruncate(self._file, os.fstat(self._file).st_size)
+
+
+class ReservingFile(io.FileIO):
+    """A new file, written from its beginning to its end. Where nothing can be reserved, it is one like others."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, "wb")
+        self._written = 0
+        self._reservation = Reservation(self.fileno())
+
+    def write(self, data: Any, /) -> int:
+        self._written += len(data)
+        self._reservation.cover(self._written)
+        return super().write(data)
 
     def close(self) -> None:
         try:
-            if not self.closed and self._reserved:
-                self._give_back()
+            if not self.closed:
+                self._reservation.end()
         finally:
             super().close()

@@ -19,7 +19,7 @@ import msgspec
 
 from batchkit.errors import StorageError, UsageError
 from batchkit.manifests import OUR_NAMES
-from batchkit.storage import BUFFER_BYTES, read_lines, write_compressed, write_whole
+from batchkit.storage import BUFFER_BYTES, Stream, read_lines, write_compressed, write_whole
 
 MOST_COLUMNS = 10_000
 BLOCK_ROWS = 10_000
@@ -64,7 +64,7 @@ def _spill(folder: Path) -> Iterator[IO[bytes]]:
 class TableWriter:
     """Takes lines; `flush` makes the table of them."""
 
-    def __init__(self, stream: IO[bytes], spill: IO[bytes], names: Sequence[str] = (), *, is_parquet: bool) -> None:
+    def __init__(self, stream: Stream, spill: IO[bytes], names: Sequence[str] = (), *, is_parquet: bool) -> None:
         self._names = names
         self._stream = stream
         self._spill = spill
@@ -195,7 +195,7 @@ def _settle(kinds: set[str]) -> str:
 # -- CSV (RFC 4180) --------------------------------------------------------------------------------------------------
 
 
-def _write_csv(stream: IO[bytes], columns: list[Column], rows: Iterable[dict[str, bytes]]) -> None:
+def _write_csv(stream: Stream, columns: list[Column], rows: Iterable[dict[str, bytes]]) -> None:
     names = [column.name for column in columns]
     stream.write(b",".join(_quoted(name.encode()) for name in names) + b"\r\n")
     for row in rows:
@@ -218,7 +218,7 @@ def _quoted(text: bytes) -> bytes:
 # -- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def _write_parquet(stream: IO[bytes], columns: list[Column], rows: Iterable[dict[str, bytes]]) -> None:
+def _write_parquet(stream: Stream, columns: list[Column], rows: Iterable[dict[str, bytes]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, cast
+from typing import IO, Any, BinaryIO, Protocol
 
 from batchkit import s3
 from batchkit.direct import LargeFile
@@ -223,6 +223,14 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line[:-1] if line.endswith(b"\n") else line
 
 
+class Stream(Protocol):
+    """What is written to from its beginning to its end."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 class Readable(Protocol):
     def read(self, size: int, /) -> bytes | None: ...
 
@@ -289,16 +297,14 @@ def _placing(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def write_compressed(path: Path) -> Iterator[IO[bytes]]:
-    """Like `write_whole`, compressed as the name says. The same content gives the same bytes."""
+def write_compressed(path: Path) -> Iterator[Stream]:
+    """Like `write_large`, compressed as the name says. The same content gives the same bytes."""
     if path.suffix not in COMPRESSED:
         with write_large(path) as large:
-            yield cast("IO[bytes]", large)
+            yield large
         return
-    with write_whole(path) as stream:
-        compressed = _compressed(path.suffix, stream)
-        with contextlib.closing(compressed):
-            yield compressed
+    with write_whole(path) as stream, contextlib.closing(_compressed(path.suffix, stream)) as compressed:
+        yield compressed
 
 
 def _compressed(ending: str, stream: IO[bytes]) -> Any:
@@ -314,14 +320,12 @@ def _compressed(ending: str, stream: IO[bytes]) -> Any:
         import lzma
 
         return lzma.LZMAFile(stream, "wb")
-    if ending == ".zst":
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd  # what smart_open reads them with
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd  # what smart_open reads them with
 
-        return zstd.ZstdFile(stream, "wb")
-    return None
+    return zstd.ZstdFile(stream, "wb")
 
 
 def _disk_hint(exc: OSError) -> str | None:

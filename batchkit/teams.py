@@ -47,6 +47,14 @@ def can_fork() -> bool:
     return False
 
 
+def _may_fork_now() -> bool:
+    """Whether workers can be forked; then there is no other thread."""
+    if not can_fork():
+        return False
+    direct.end_threads()
+    return can_fork()
+
+
 class Team:
     """Processes for one task after another, of any kind; a team of one is this process. As a context manager."""
 
@@ -89,8 +97,7 @@ def _done(task: T, future: Future[R]) -> tuple[T, R]:
 
 def begin(workers: int, initializer: Callable[..., None], arguments: tuple[Any, ...]) -> Executor:
     """A pool of processes. `initializer` is called in each of them with `arguments`; it calls `begin_worker` first."""
-    if can_fork():
-        direct.end_threads()
+    if _may_fork_now():
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 

@@ -184,7 +184,7 @@ def main() -> None:
         if "kill" in parts:
             report.tables.append(killing(Trial(folder / "killed", killed_requests, KILLED_SHARDS), report))
     report.raw["seen"] = {name: [one._asdict() for one in seen] for name, seen in trial.seen.items()}
-    report.finish(given.json)
+    report.finish(given.json, given.folder)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def watch(
                 if time.time() - scanned > SCAN_SECONDS:
                     scanned = time.time()
                     lives.update((one.pid, (one.create_time(), None)) for one in _engines(near) if one.pid not in lives)
+                    _note_ends(lives)
                     family = list(sizes(process))
                     largest, total = max(largest, *family, 0), max(total, sum(family))
                 _note_ends(lives)

@@ -57,7 +57,7 @@ def main() -> None:
         tables=[Table("", columns, rows)],
         raw=raw,
     )
-    report.finish(given.json)
+    report.finish(given.json, given.folder)
 
 
 def one_size(folder: Path, rows: int) -> list[tuple[str, Measured]]:

@@ -157,7 +157,7 @@ def main() -> None:
         raw={name: trial._asdict() for name, trial in trials.items()},
         command=shlex.join(["python", *sys.argv]),
     )
-    report.finish(given.json)
+    report.finish(given.json, given.folder)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ RIVALS = {
 SIZES = (10_000, 50_000, 200_000, 1_000_000, 5_000_000)
 PILE_ROWS = 1_000_000
 """Up to here the foreign pile is measured at every size, too."""
-SERIES_ROWS, MOST_ROUNDS = 3_000_000, 15
-"""So many rows are merged in all rounds of one size together, at most in so many: small ones vary more."""
+SERIES_ROWS, LEAST_ROUNDS, MOST_ROUNDS = 3_000_000, 2, 15
+"""About so many rows are merged in all rounds of one size together: small ones vary more."""
 CONSTANT = 1.25
 """A cost per row that varies by less is called constant. It is that of one worker: of several, how many there are, and
 what their start takes, changes with the rows."""
@@ -94,7 +94,7 @@ class Setting:
         return check
 
 
-def series(folder: Path, sizes: Sequence[int]) -> dict[int, dict[str, Result]]:
+def series(folder: Path, sizes: Sequence[int], *, quick: bool) -> dict[int, dict[str, Result]]:
     """The ways to merge, at each size, in turns with a single row."""
     found = {}
     one = Setting(folder / "one", 1, foreign=True)
@@ -104,8 +104,8 @@ def series(folder: Path, sizes: Sequence[int]) -> dict[int, dict[str, Result]]:
             setting = Setting(place / "rows", rows, foreign=foreign)
             contenders = [setting.own(), setting.own(ALONE, "--workers", "1"), one.own(RUN + START)]
             contenders += [setting.pile(), one.pile(PILE + START)] if foreign else []
-            rounds = max(1, min(MOST_ROUNDS, SERIES_ROWS // rows))
-            found[rows] = compare(contenders, rounds, place, [setting.folder])
+            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, SERIES_ROWS // rows))
+            found[rows] = compare(contenders, 1 if quick else rounds, place, [setting.folder, one.folder])
     return found
 
 
@@ -179,13 +179,14 @@ def main() -> None:
         setting = Setting(folder / "rows", rows, foreign=True)
         contenders = [*(setting.rival(name, key) for name, key in RIVALS.items()), setting.own(), setting.pile()]
         results = compare(contenders, rounds, folder, [setting.folder])
-        found = series(folder, sizes)
+        found = series(folder, sizes, quick=given.quick)
     start = found[min(found)][RUN + START].seconds
     report = Report(
         "merge",
         "Merge",
         f"{rows:,} rows with as many shuffled responses, medians of {rounds} rounds in turns, all results checked. "
-        f"A merge of one row takes {start:.2f} s, which is taken off only where it says so.",
+        f"A merge of one row takes {start:.2f} s, which is taken off only where it says so. Costs per row are medians of "
+        f"{LEAST_ROUNDS} rounds for the largest sizes to {MOST_ROUNDS} for the smallest.",
         quick=given.quick,
     )
     report.tables += [ranking("", results, rival=PLAIN, unit="rows", amount=rows), series_table(found)]
@@ -198,7 +199,7 @@ def main() -> None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         plot(found, given.json.with_name("merge_cost_per_row.svg"))
         report.plots.append("merge_cost_per_row.svg")
-    report.finish(given.json)
+    report.finish(given.json, given.folder)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def main() -> None:
         Goal("prepare, images made smaller: worst SSIM", min(setting.alike[ONE] + setting.alike[TWO]), 0.98, unit=""),
     ]
     report.raw = {**raw_times(results), "ssim": setting.alike}
-    report.finish(given.json)
+    report.finish(given.json, given.folder)
 
 
 if __name__ == "__main__":

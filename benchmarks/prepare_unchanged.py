@@ -132,7 +132,7 @@ def main() -> None:
         ),
     ]
     report.raw = raw_times(results)
-    report.finish(given.json)
+    report.finish(given.json, given.folder)
 
 
 if __name__ == "__main__":

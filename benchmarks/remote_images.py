@@ -159,7 +159,7 @@ def main() -> None:
         tables=[fetched, prepared],
         raw={"images_per_second": rates, "prepare": measured},
     )
-    report.finish(arguments.json)
+    report.finish(arguments.json, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -64,17 +64,19 @@ class Report:
     raw: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, folder: Path | None = None) -> dict[str, Any]:
+        """`folder` is where it worked, None for a temporary one."""
         goals = [{**asdict(goal), "met": goal.met} for goal in self.goals]
         command = self.command or f"python benchmarks/{self.name}.py"
-        return {**asdict(self), "goals": goals, "command": command, "machine": machine()}
+        return {**asdict(self), "goals": goals, "command": command, "machine": machine(folder)}
 
-    def finish(self, target: Path | None) -> None:
+    def finish(self, target: Path | None, folder: Path | None = None) -> None:
         """Print it; write it as JSON where a file is named."""
-        print("\n".join(_lines(self.as_json(), _as_text)))
+        found = self.as_json(folder)
+        print("\n".join(_lines(found, _as_text)))
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            target.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def ranking(title: str, results: Mapping[str, Result], *, rival: str, unit: str, amount: float) -> Table:
@@ -106,13 +108,14 @@ def ratio(results: Mapping[str, Result], rival: str, ours: str) -> float:
 # -- the machine -----------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
+def machine(folder: Path | None = None) -> dict[str, Any]:
+    """This one; its file system is that of the folder where the benchmarks work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / (1 << 30), 1),
-        "files": _file_system(Path(tempfile.gettempdir())),
+        "files": _file_system(folder or Path(tempfile.gettempdir())),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "load": round(os.getloadavg()[0], 2),
@@ -132,11 +135,11 @@ def _cpu_model() -> str:
 
 
 def _file_system(folder: Path) -> str:
-    """What the benchmarks work on, unless they are told otherwise: the kind, and the device."""
+    """The kind, and the device."""
     found = [one for one in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(one.mountpoint)]
     if not found:
         return "an unknown file system"
-    nearest = max(found, key=lambda one: len(one.mountpoint))
+    nearest = max(reversed(found), key=lambda one: len(one.mountpoint))  # of mounts on one another the last is seen
     return f"{nearest.fstype} on {nearest.device}"
 
 

@@ -37,7 +37,7 @@ def run(name: str, target: Path, folder: Path, *, quick: bool) -> dict[str, Any]
         script.append("--quick")
     subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, Any] = json.loads(target.read_text("utf-8"))
-    return startup_report(found, quick=quick).as_json() if name == "startup" else found
+    return startup_report(found, quick=quick).as_json(folder) if name == "startup" else found
 
 
 def startup_report(found: dict[str, Any], *, quick: bool) -> Report:
@@ -70,7 +70,7 @@ def main() -> None:
     if unknown := set(names) - set(ALL):
         parser.error(f"--only {min(unknown)}: is none of {', '.join(ALL)}")
     given.results.mkdir(parents=True, exist_ok=True)
-    about, page = machine(), ""
+    about, page = machine(given.folder), ""
     reports: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with workplace(given.folder) as folder:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +14,8 @@ import msgspec
 import pytest
 
 from batchkit import assembly, pieces, plain, teams
-from batchkit.errors import BatchkitError, RunError, UsageError
+from batchkit.direct import BUFFER_BYTES
+from batchkit.errors import BatchkitError, RunError, StorageError, UsageError
 from batchkit.jobs import Attempt, Job
 from batchkit.merging import merge
 from batchkit.responses import parse
@@ -117,6 +121,52 @@ def test_several_processes_write_what_one_writes(
     monkeypatch.setattr(teams, "can_fork", lambda: forked)
     assert written(tmp_path / "three", made.run, workers=3, **options) == one
     assert not list((tmp_path / "three").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    """A run whose results have several megabytes."""
+    made = MadeRun(tmp_path_factory.mktemp("large") / "run")
+    for shard in range(6):
+        seal = made.add_shard([b'{"id": %d}' % (shard * 100 + index) for index in range(100)])
+        ids = made.ids[seal.start : seal.end]
+        made.add_attempt(shard, [response_line(name, f"{name} " * 1000) for name in ids[::-1]])
+    made.finish()
+    return made
+
+
+def test_large_results_are_the_same_compressed_or_not_and_by_several_processes(large: MadeRun, tmp_path: Path) -> None:
+    one, two = (written(tmp_path / str(workers), large.run, workers=workers) for workers in (1, 2))
+    assert one == two
+    results = one["results.jsonl"]
+    assert len(results) > 6 * BUFFER_BYTES
+    assert [json.loads(line)["id"] for line in results.splitlines()] == [*range(600)]
+    merge(large.run, output=tmp_path / "results.jsonl.gz", workers=1)
+    assert gzip.decompress((tmp_path / "results.jsonl.gz").read_bytes()) == results
+    for name in ("a.csv", "a.csv.gz"):
+        merge(large.run, output=tmp_path / name, workers=1)
+    assert gzip.decompress((tmp_path / "a.csv.gz").read_bytes()) == (tmp_path / "a.csv").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_fills_up_leaves_the_old_results(
+    workers: int, large: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_at, results = os.pwrite, tmp_path / "results.jsonl"
+    results.write_bytes(b"of before\n")
+
+    def fill(file: int, data: bytes, offset: int) -> int:
+        if offset >= 2 * BUFFER_BYTES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_at(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fill)
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        merge(large.run, output=results, workers=workers)
+    assert caught.value.hint is not None
+    assert "free some disk space" in caught.value.hint
+    assert results.read_bytes() == b"of before\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_table_is_the_same_however_many_processes_make_it(tmp_path: Path) -> None:
