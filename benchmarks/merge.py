@@ -185,8 +185,8 @@ def main() -> None:
         "merge",
         "Merge",
         f"{rows:,} rows with as many shuffled responses, medians of {rounds} rounds in turns, all results checked. "
-        f"A merge of one row takes {start:.2f} s, which is taken off only where it says so. Costs per row are medians of "
-        f"{LEAST_ROUNDS} rounds for the largest sizes to {MOST_ROUNDS} for the smallest.",
+        f"A merge of one row takes {start:.2f} s, which is taken off only where it says so. "
+        f"Costs per row are medians of {LEAST_ROUNDS} rounds for the largest sizes to {MOST_ROUNDS} for the smallest.",
         quick=given.quick,
     )
     report.tables += [ranking("", results, rival=PLAIN, unit="rows", amount=rows), series_table(found)]
