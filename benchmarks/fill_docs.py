@@ -1,5 +1,7 @@
 """Puts the goals of the last `make bench` into docs/performance.md, between its two marks.
 
+What is said there of goals that are not met, and the table of the README, are written by hand:
+
     python benchmarks/fill_docs.py
 """
 
