@@ -32,8 +32,8 @@ ANSWER = json.dumps({
 }).encode()  # fmt: skip
 """The answer to the question `number N?`: in the place of `NUMBER`, N."""
 QUESTION = re.compile(rb"number (\d+)\?")
-ENDS_BYTES = 1024
-"""The question is in so many bytes at the beginning or the end of a request."""
+END_BYTES = 1024
+"""The question is in the last so many bytes of a request, behind the image."""
 CONCURRENCY = 32
 SDK, OURS = "OpenAI SDK, async", "batchkit submit"
 
@@ -43,7 +43,7 @@ class Stub(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        self._head = self._ends = b""
+        self._head = self._end = b""
         self._left = 0
 
     def data_received(self, data: bytes) -> None:
@@ -52,11 +52,11 @@ class Stub(asyncio.Protocol):
                 taken = data[: self._left]
                 self._left -= len(taken)
                 data = data[len(taken) :]
-                self._ends = self._ends[:ENDS_BYTES] + (self._ends[ENDS_BYTES:] + taken)[-ENDS_BYTES:]
+                self._end = (self._end + taken)[-END_BYTES:]
                 if not self._left:
-                    asked = QUESTION.search(self._ends)
+                    asked = QUESTION.search(self._end)
                     self._answer(ANSWER.replace(NUMBER, asked[1] if asked else b"nothing"))
-                    self._ends = b""
+                    self._end = b""
                 continue
             self._head += data
             end = self._head.find(b"\r\n\r\n")
